@@ -1,0 +1,2 @@
+//! envd
+fn main() {}
