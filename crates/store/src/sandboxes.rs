@@ -1,0 +1,386 @@
+//! Sandboxes: which should be, and what became of them.
+
+use std::collections::BTreeMap;
+
+use sqlx::sqlite::SqliteRow;
+use wrenn_types::{HostId, MemoryMib, SandboxId, SandboxState, Shape, TeamId, Vcpus};
+
+use crate::row::Columns;
+use crate::{IDEMPOTENCY_KEEP_MS, RequestHash, Store, StoreError, Timestamp};
+
+/// A sandbox to be stored, before any host knows of it.
+#[derive(Debug, Clone)]
+pub struct NewSandbox {
+    /// Its id, chosen by the control plane.
+    pub id: SandboxId,
+    /// Whose it is.
+    pub team: TeamId,
+    /// The template's own name, aliases resolved.
+    pub template: String,
+    /// Its machine.
+    pub shape: Shape,
+    /// Labels of its owner.
+    pub metadata: BTreeMap<String, String>,
+    /// Seconds without use after which it ends; 0: no such limit.
+    pub idle_timeout_secs: u32,
+    /// When it ends whatever happens.
+    pub end_at: Option<Timestamp>,
+    /// Its guest agent demands the access token.
+    pub secure: bool,
+    /// It may reach the internet.
+    pub allow_internet: bool,
+    /// The key that makes this creation one of a kind, and what was asked for.
+    pub idempotency: Option<(String, RequestHash)>,
+}
+
+/// What came of an insertion.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Inserted {
+    /// The row is there.
+    New(SandboxRow),
+    /// Its idempotency key was used before; nothing was inserted.
+    KeyTaken,
+}
+
+/// A stored sandbox.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SandboxRow {
+    /// Its id.
+    pub id: SandboxId,
+    /// Whose it is.
+    pub team: TeamId,
+    /// The template's own name.
+    pub template: String,
+    /// Where it is in its life, as far as the control plane knows.
+    pub state: SandboxState,
+    /// Counts the changes of `state`.
+    pub generation: i64,
+    /// Why it is in this state, where that was not asked for.
+    pub reason: Option<String>,
+    /// Its machine.
+    pub shape: Shape,
+    /// Its disk in MiB; 0 until it first ran.
+    pub disk_mib: u64,
+    /// Labels of its owner.
+    pub metadata: BTreeMap<String, String>,
+    /// Seconds without use after which it ends; 0: no such limit.
+    pub idle_timeout_secs: u32,
+    /// When it ends whatever happens.
+    pub end_at: Option<Timestamp>,
+    /// Its guest agent demands the access token.
+    pub secure: bool,
+    /// It may reach the internet.
+    pub allow_internet: bool,
+    /// The guest agent's version; empty until it first ran.
+    pub envd_version: String,
+    /// Where it runs or ran.
+    pub host: Option<HostId>,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+    /// When it first ran.
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    pub stopped_at: Option<Timestamp>,
+    /// When this row last changed.
+    pub updated_at: Timestamp,
+}
+
+/// A change of state.
+#[derive(Debug, Clone, Default)]
+pub struct Change {
+    /// Why, where that was not asked for; `None` clears an older reason.
+    pub reason: Option<String>,
+    /// Set when it first runs.
+    pub started_at: Option<Timestamp>,
+    /// Set with `started_at`: the host that runs it.
+    pub host: Option<HostId>,
+    /// Set with `started_at`: its disk in MiB.
+    pub disk_mib: Option<u64>,
+    /// Set with `started_at`: its machine, if the host gave it another than was expected.
+    pub shape: Option<Shape>,
+    /// Set with `started_at`: its guest agent's version.
+    pub envd_version: Option<String>,
+}
+
+/// Which sandboxes to list.
+#[derive(Debug, Clone, Default)]
+pub struct SandboxFilter {
+    /// In one of these states; empty: in any.
+    pub states: Vec<SandboxState>,
+    /// With all of these labels.
+    pub metadata: BTreeMap<String, String>,
+    /// From this template.
+    pub template: Option<String>,
+    /// Started after this moment.
+    pub started_after: Option<Timestamp>,
+}
+
+/// A piece of a list, in the order of creation.
+#[derive(Debug, Clone, Copy)]
+pub struct Page {
+    /// Only what comes after this one in the chosen order.
+    pub after: Option<SandboxId>,
+    /// At most so many.
+    pub limit: u32,
+    /// Newest first.
+    pub descending: bool,
+}
+
+const TABLE: &str = "sandboxes";
+
+fn read(row: &SqliteRow) -> Result<SandboxRow, StoreError> {
+    let row = Columns { table: TABLE, row };
+    let metadata = row.text("metadata")?;
+    Ok(SandboxRow {
+        id: SandboxId::from_uuid(row.uuid("id")?),
+        team: TeamId::from_uuid(row.uuid("team_id")?),
+        template: row.text("template")?,
+        state: row.parsed("state")?,
+        generation: row.integer("generation")?,
+        reason: row.optional_text("reason")?,
+        shape: Shape {
+            vcpus: Vcpus(row.number("vcpus")?),
+            memory: MemoryMib(row.number("memory_mib")?),
+        },
+        disk_mib: row.number("disk_mib")?,
+        metadata: serde_json::from_str(&metadata)
+            .map_err(|_| row.corrupt("metadata", &metadata))?,
+        idle_timeout_secs: row.number("idle_timeout_secs")?,
+        end_at: row.optional_time("end_at")?,
+        secure: row.flag("secure")?,
+        allow_internet: row.flag("allow_internet")?,
+        envd_version: row.text("envd_version")?,
+        host: row.optional_uuid("host_id")?.map(HostId::from_uuid),
+        created_at: row.time("created_at")?,
+        started_at: row.optional_time("started_at")?,
+        stopped_at: row.optional_time("stopped_at")?,
+        updated_at: row.time("updated_at")?,
+    })
+}
+
+/// JSON text of strings; such a map or list always has one.
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+fn words(states: &[SandboxState]) -> String {
+    let words: Vec<&str> = states.iter().map(|s| s.as_str()).collect();
+    json(&words)
+}
+
+impl Store {
+    /// Stores a sandbox in state `starting` together with its idempotency key: either both are there or
+    /// none.
+    pub async fn insert_sandbox(
+        &self,
+        new: NewSandbox,
+        now: Timestamp,
+    ) -> Result<Inserted, StoreError> {
+        let doing = "storing a sandbox";
+        let failed = || StoreError::doing(doing);
+        let mut tx = self.begin(doing).await?;
+        let row = sqlx::query(
+            "INSERT INTO sandboxes (id, team_id, template, state, generation, vcpus, memory_mib,
+                 disk_mib, metadata, idle_timeout_secs, end_at, secure, allow_internet,
+                 envd_version, created_at, updated_at)
+             VALUES ($1, $2, $3, $4, 1, $5, $6, 0, $7, $8, $9, $10, $11, '', $12, $12)
+             RETURNING *",
+        )
+        .bind(new.id.uuid().to_string())
+        .bind(new.team.uuid().to_string())
+        .bind(new.template)
+        .bind(SandboxState::Starting.as_str())
+        .bind(i64::from(new.shape.vcpus.0))
+        .bind(i64::from(new.shape.memory.0))
+        .bind(json(&new.metadata))
+        .bind(i64::from(new.idle_timeout_secs))
+        .bind(new.end_at.map(Timestamp::unix_ms))
+        .bind(i64::from(new.secure))
+        .bind(i64::from(new.allow_internet))
+        .bind(now.unix_ms())
+        .fetch_one(&mut *tx)
+        .await
+        .map_err(failed())?;
+        if let Some((key, request)) = new.idempotency {
+            // An expired key is free again.
+            let done = sqlx::query(
+                "INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id, created_at)
+                 VALUES ($1, $2, $3, $4, $5)
+                 ON CONFLICT (team_id, key) DO UPDATE SET
+                     request_hash = excluded.request_hash,
+                     sandbox_id = excluded.sandbox_id,
+                     created_at = excluded.created_at
+                 WHERE idempotency_keys.created_at <= $6",
+            )
+            .bind(new.team.uuid().to_string())
+            .bind(key)
+            .bind(request.0.to_vec())
+            .bind(new.id.uuid().to_string())
+            .bind(now.unix_ms())
+            .bind(now.plus_ms(-IDEMPOTENCY_KEEP_MS).unix_ms())
+            .execute(&mut *tx)
+            .await
+            .map_err(failed())?;
+            if done.rows_affected() == 0 {
+                // Dropping the transaction takes the sandbox's row back.
+                return Ok(Inserted::KeyTaken);
+            }
+        }
+        let row = read(&row)?;
+        tx.commit().await.map_err(failed())?;
+        Ok(Inserted::New(row))
+    }
+
+    /// A team's sandbox.
+    pub async fn sandbox(
+        &self,
+        team: TeamId,
+        id: SandboxId,
+    ) -> Result<Option<SandboxRow>, StoreError> {
+        Ok(self.any_sandbox(id).await?.filter(|row| row.team == team))
+    }
+
+    /// A sandbox of whatever team: for the reconciler, never for a request.
+    pub async fn any_sandbox(&self, id: SandboxId) -> Result<Option<SandboxRow>, StoreError> {
+        let row = sqlx::query("SELECT * FROM sandboxes WHERE id = $1")
+            .bind(id.uuid().to_string())
+            .fetch_optional(self.reader())
+            .await
+            .map_err(StoreError::doing("looking up a sandbox"))?;
+        row.as_ref().map(read).transpose()
+    }
+
+    /// All sandboxes whose life is not over, of all teams: for the reconciler.
+    pub async fn living_sandboxes(&self) -> Result<Vec<SandboxRow>, StoreError> {
+        // The words stand in the text so that the partial index serves it.
+        let rows = sqlx::query("SELECT * FROM sandboxes WHERE state NOT IN ('stopped', 'error')")
+            .fetch_all(self.reader())
+            .await
+            .map_err(StoreError::doing("listing the living sandboxes"))?;
+        rows.iter().map(read).collect()
+    }
+
+    /// A team's sandboxes, a page at a time.
+    pub async fn list_sandboxes(
+        &self,
+        team: TeamId,
+        filter: &SandboxFilter,
+        page: Page,
+    ) -> Result<Vec<SandboxRow>, StoreError> {
+        // Two texts because the order cannot be a parameter.
+        let text = if page.descending {
+            "SELECT * FROM sandboxes AS s
+             WHERE team_id = $1
+               AND ($2 = '[]' OR state IN (SELECT value FROM json_each($2)))
+               AND (SELECT count(*) FROM json_each($3) AS f
+                    JOIN json_each(s.metadata) AS m ON m.key = f.key AND m.value = f.value) = $4
+               AND ($5 IS NULL OR template = $5)
+               AND ($6 IS NULL OR started_at > $6)
+               AND ($7 IS NULL OR id < $7)
+             ORDER BY id DESC LIMIT $8"
+        } else {
+            "SELECT * FROM sandboxes AS s
+             WHERE team_id = $1
+               AND ($2 = '[]' OR state IN (SELECT value FROM json_each($2)))
+               AND (SELECT count(*) FROM json_each($3) AS f
+                    JOIN json_each(s.metadata) AS m ON m.key = f.key AND m.value = f.value) = $4
+               AND ($5 IS NULL OR template = $5)
+               AND ($6 IS NULL OR started_at > $6)
+               AND ($7 IS NULL OR id > $7)
+             ORDER BY id ASC LIMIT $8"
+        };
+        let rows = sqlx::query(text)
+            .bind(team.uuid().to_string())
+            .bind(words(&filter.states))
+            .bind(json(&filter.metadata))
+            .bind(i64::try_from(filter.metadata.len()).unwrap_or(i64::MAX))
+            .bind(filter.template.as_deref())
+            .bind(filter.started_after.map(Timestamp::unix_ms))
+            .bind(page.after.map(|id| id.uuid().to_string()))
+            .bind(i64::from(page.limit))
+            .fetch_all(self.reader())
+            .await
+            .map_err(StoreError::doing("listing sandboxes"))?;
+        rows.iter().map(read).collect()
+    }
+
+    /// How many of a team's sandboxes are in one of these states.
+    pub async fn count_sandboxes(
+        &self,
+        team: TeamId,
+        states: &[SandboxState],
+    ) -> Result<i64, StoreError> {
+        sqlx::query_scalar(
+            "SELECT count(*) FROM sandboxes
+             WHERE team_id = $1 AND state IN (SELECT value FROM json_each($2))",
+        )
+        .bind(team.uuid().to_string())
+        .bind(words(states))
+        .fetch_one(self.reader())
+        .await
+        .map_err(StoreError::doing("counting sandboxes"))
+    }
+
+    /// Moves a sandbox from the state and generation in `from` to another state. `None` when it is no longer
+    /// there: somebody else moved it first.
+    pub async fn change_state(
+        &self,
+        from: &SandboxRow,
+        to: SandboxState,
+        change: Change,
+        now: Timestamp,
+    ) -> Result<Option<SandboxRow>, StoreError> {
+        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        let row = sqlx::query(
+            "UPDATE sandboxes SET
+                 state = $4, generation = generation + 1, reason = $5, updated_at = $6,
+                 started_at = coalesce(started_at, $7),
+                 stopped_at = CASE WHEN $8 THEN $6 ELSE stopped_at END,
+                 host_id = coalesce($9, host_id),
+                 disk_mib = coalesce($10, disk_mib),
+                 vcpus = coalesce($11, vcpus),
+                 memory_mib = coalesce($12, memory_mib),
+                 envd_version = coalesce($13, envd_version)
+             WHERE id = $1 AND state = $2 AND generation = $3 RETURNING *",
+        )
+        .bind(from.id.uuid().to_string())
+        .bind(from.state.as_str())
+        .bind(from.generation)
+        .bind(to.as_str())
+        .bind(change.reason)
+        .bind(now.unix_ms())
+        .bind(change.started_at.map(Timestamp::unix_ms))
+        .bind(to.is_final())
+        .bind(change.host.map(|id| id.uuid().to_string()))
+        .bind(change.disk_mib.map(number))
+        .bind(change.shape.map(|s| i64::from(s.vcpus.0)))
+        .bind(change.shape.map(|s| i64::from(s.memory.0)))
+        .bind(change.envd_version)
+        .fetch_optional(self.writer())
+        .await
+        .map_err(StoreError::doing("changing a sandbox's state"))?;
+        row.as_ref().map(read).transpose()
+    }
+
+    /// Sets how long a sandbox may live. `None` when its life is over or it is not there.
+    pub async fn set_lifetime(
+        &self,
+        id: SandboxId,
+        idle_timeout_secs: u32,
+        end_at: Option<Timestamp>,
+        now: Timestamp,
+    ) -> Result<Option<SandboxRow>, StoreError> {
+        let row = sqlx::query(
+            "UPDATE sandboxes SET idle_timeout_secs = $2, end_at = $3, updated_at = $4
+             WHERE id = $1 AND state NOT IN ('stopped', 'error') RETURNING *",
+        )
+        .bind(id.uuid().to_string())
+        .bind(i64::from(idle_timeout_secs))
+        .bind(end_at.map(Timestamp::unix_ms))
+        .bind(now.unix_ms())
+        .fetch_optional(self.writer())
+        .await
+        .map_err(StoreError::doing("setting a sandbox's lifetime"))?;
+        row.as_ref().map(read).transpose()
+    }
+}

@@ -1,0 +1,299 @@
+//! The store on a real database file.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use wrenn_store::{
+    Change, Inserted, NewKey, NewSandbox, Page, RequestHash, SandboxFilter, SandboxRow, Store,
+    Team, Timestamp,
+};
+use wrenn_types::{ApiKey, SandboxId, SandboxState, Shape};
+
+const NOW: Timestamp = Timestamp::from_unix_ms(1_795_352_700_000);
+const ALL: Page = Page {
+    after: None,
+    limit: 100,
+    descending: true,
+};
+
+struct Bed {
+    store: Store,
+    team: Team,
+    dir: tempfile::TempDir,
+}
+
+async fn bed() -> Bed {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("wrenn.db")).await.unwrap();
+    let team = store.first_team(NOW).await.unwrap();
+    Bed { store, team, dir }
+}
+
+impl Bed {
+    fn new_sandbox(&self) -> NewSandbox {
+        NewSandbox {
+            id: SandboxId::new(),
+            team: self.team.id,
+            template: "minimal".into(),
+            shape: Shape::DEFAULT,
+            metadata: BTreeMap::new(),
+            idle_timeout_secs: 0,
+            end_at: None,
+            secure: true,
+            allow_internet: true,
+            idempotency: None,
+        }
+    }
+
+    async fn insert(&self, new: NewSandbox) -> SandboxRow {
+        match self.store.insert_sandbox(new, NOW).await.unwrap() {
+            Inserted::New(row) => row,
+            Inserted::KeyTaken => panic!("the key was free"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_was_stored_is_there_after_reopening() {
+    let bed = bed().await;
+    let mut new = bed.new_sandbox();
+    new.metadata = BTreeMap::from([("who".into(), "it's \"me\" ✓".into())]);
+    new.end_at = Some(NOW.plus_secs(60));
+    let row = bed.insert(new).await;
+    bed.store.close().await;
+    let store = Store::open(&bed.dir.path().join("wrenn.db")).await.unwrap();
+    assert_eq!(store.first_team(NOW).await.unwrap(), bed.team);
+    assert_eq!(store.sandbox(bed.team.id, row.id).await.unwrap(), Some(row));
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_database_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("wrenn.db");
+    std::fs::write(
+        &path,
+        "this is no database, and long enough to be looked at".repeat(40),
+    )
+    .unwrap();
+    let error = Store::open(&path).await.unwrap_err().to_string();
+    assert!(error.contains("wrenn.db"), "{error}");
+}
+
+#[tokio::test]
+async fn a_state_changes_only_from_what_was_expected() {
+    let bed = bed().await;
+    let row = bed.insert(bed.new_sandbox()).await;
+    assert_eq!((row.state, row.generation), (SandboxState::Starting, 1));
+    let started = Change {
+        started_at: Some(NOW),
+        disk_mib: Some(2048),
+        ..Change::default()
+    };
+    let running = bed
+        .store
+        .change_state(&row, SandboxState::Running, started, NOW)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        (running.generation, running.disk_mib, running.started_at),
+        (2, 2048, Some(NOW))
+    );
+    // The stale row's owner comes too late.
+    let late = bed
+        .store
+        .change_state(&row, SandboxState::Error, Change::default(), NOW)
+        .await;
+    assert_eq!(late.unwrap(), None);
+    // Of many who ask for the same change one wins.
+    let mut racers = Vec::new();
+    for _ in 0..16 {
+        let (store, from) = (bed.store.clone(), running.clone());
+        racers.push(tokio::spawn(async move {
+            store
+                .change_state(&from, SandboxState::Stopping, Change::default(), NOW)
+                .await
+        }));
+    }
+    let mut won = 0;
+    for racer in racers {
+        won += usize::from(racer.await.unwrap().unwrap().is_some());
+    }
+    assert_eq!(won, 1);
+    let stopping = bed.store.any_sandbox(row.id).await.unwrap().unwrap();
+    let reason = Change {
+        reason: Some("killed".into()),
+        ..Change::default()
+    };
+    let stopped = bed
+        .store
+        .change_state(&stopping, SandboxState::Stopped, reason, NOW.plus_secs(5))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(stopped.stopped_at, Some(NOW.plus_secs(5)));
+    assert_eq!(stopped.started_at, Some(NOW));
+    assert_eq!(stopped.reason.as_deref(), Some("killed"));
+    assert_eq!(
+        bed.store.set_lifetime(row.id, 1, None, NOW).await.unwrap(),
+        None
+    );
+    assert!(bed.store.living_sandboxes().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn lists_are_filtered_and_paged() {
+    let bed = bed().await;
+    let mut ids = Vec::new();
+    for n in 0..5 {
+        let mut new = bed.new_sandbox();
+        new.metadata = BTreeMap::from([
+            ("n".into(), n.to_string()),
+            ("odd \"key\".$".into(), (n % 2).to_string()),
+        ]);
+        ids.push(bed.insert(new).await.id);
+    }
+    let list = async |filter: SandboxFilter, page: Page| -> Vec<SandboxId> {
+        let rows = bed
+            .store
+            .list_sandboxes(bed.team.id, &filter, page)
+            .await
+            .unwrap();
+        rows.iter().map(|r| r.id).collect()
+    };
+    let newest_first: Vec<_> = ids.iter().rev().copied().collect();
+    assert_eq!(list(SandboxFilter::default(), ALL).await, newest_first);
+    let odd = SandboxFilter {
+        metadata: BTreeMap::from([("odd \"key\".$".into(), "1".into())]),
+        ..SandboxFilter::default()
+    };
+    assert_eq!(list(odd.clone(), ALL).await, [ids[3], ids[1]]);
+    let none = SandboxFilter {
+        metadata: BTreeMap::from([
+            ("n".into(), "1".into()),
+            ("odd \"key\".$".into(), "0".into()),
+        ]),
+        ..SandboxFilter::default()
+    };
+    assert_eq!(list(none, ALL).await, []);
+    let page = Page {
+        after: Some(ids[1]),
+        limit: 2,
+        descending: false,
+    };
+    assert_eq!(list(SandboxFilter::default(), page).await, [ids[2], ids[3]]);
+    let running = SandboxFilter {
+        states: vec![SandboxState::Running],
+        ..SandboxFilter::default()
+    };
+    assert_eq!(list(running, ALL).await, []);
+    let other = SandboxFilter {
+        template: Some("other".into()),
+        ..SandboxFilter::default()
+    };
+    assert_eq!(list(other, ALL).await, []);
+    assert_eq!(
+        bed.store
+            .count_sandboxes(bed.team.id, &[SandboxState::Starting])
+            .await
+            .unwrap(),
+        5
+    );
+}
+
+#[tokio::test]
+async fn g36_another_teams_sandbox_is_not_there() {
+    let bed = bed().await;
+    let row = bed.insert(bed.new_sandbox()).await;
+    let stranger = wrenn_types::TeamId::new();
+    assert_eq!(bed.store.sandbox(stranger, row.id).await.unwrap(), None);
+    let seen = bed
+        .store
+        .list_sandboxes(stranger, &SandboxFilter::default(), ALL)
+        .await
+        .unwrap();
+    assert!(seen.is_empty());
+}
+
+#[tokio::test]
+async fn g10_an_idempotency_key_makes_one_sandbox() {
+    let bed = bed().await;
+    let (hash, other) = (RequestHash([1; 32]), RequestHash([2; 32]));
+    let mut new = bed.new_sandbox();
+    new.idempotency = Some(("once".into(), hash));
+    let mut again = new.clone();
+    again.id = SandboxId::new();
+    let row = bed.insert(new).await;
+    assert_eq!(
+        bed.store.insert_sandbox(again.clone(), NOW).await.unwrap(),
+        Inserted::KeyTaken
+    );
+    assert_eq!(bed.store.any_sandbox(again.id).await.unwrap(), None);
+    let known = async |hash, now| {
+        bed.store
+            .remembered(bed.team.id, "once", hash, now)
+            .await
+            .unwrap()
+    };
+    let first = known(hash, NOW).await.unwrap();
+    assert_eq!((first.sandbox, first.same_request), (row.id, true));
+    assert!(!known(other, NOW).await.unwrap().same_request);
+    // A day later the key is free again.
+    let tomorrow = NOW.plus_secs(24 * 3600 + 1);
+    assert_eq!(known(hash, tomorrow).await, None);
+    let later = bed.store.insert_sandbox(again, tomorrow).await.unwrap();
+    assert!(matches!(later, Inserted::New(_)));
+    assert_eq!(bed.store.expire_idempotency(tomorrow).await.unwrap(), 0);
+    assert_eq!(
+        bed.store
+            .expire_idempotency(tomorrow.plus_secs(25 * 3600))
+            .await
+            .unwrap(),
+        1
+    );
+}
+
+#[tokio::test]
+async fn g40_a_key_is_stored_as_its_hash_only() {
+    let bed = bed().await;
+    let key = ApiKey::generate().unwrap();
+    let new = NewKey {
+        team: bed.team.id,
+        name: "first".into(),
+        hash: key.hash(),
+        prefix: key.prefix(),
+    };
+    let row = bed.store.insert_key(new, NOW).await.unwrap();
+    assert_eq!(
+        bed.store.key_by_hash(key.hash()).await.unwrap(),
+        Some(row.clone())
+    );
+    let unknown = ApiKey::generate().unwrap();
+    assert_eq!(bed.store.key_by_hash(unknown.hash()).await.unwrap(), None);
+
+    bed.store.touch_key(&row, NOW).await.unwrap();
+    let used = bed.store.key_by_hash(key.hash()).await.unwrap().unwrap();
+    assert_eq!(used.last_used_at, Some(NOW));
+    bed.store.touch_key(&row, NOW.plus_secs(30)).await.unwrap();
+    let used = bed.store.key_by_hash(key.hash()).await.unwrap().unwrap();
+    assert_eq!(used.last_used_at, Some(NOW), "kept to the minute");
+
+    assert!(
+        !bed.store
+            .delete_key(wrenn_types::TeamId::new(), row.id)
+            .await
+            .unwrap()
+    );
+    bed.store.close().await;
+    let digits = key.reveal()["wrn_".len()..].to_owned();
+    for file in std::fs::read_dir(bed.dir.path()).unwrap() {
+        let bytes = std::fs::read(file.unwrap().path()).unwrap();
+        let found = bytes.windows(digits.len()).any(|w| w == digits.as_bytes());
+        assert!(!found, "the key itself is in the database");
+    }
+    let store = Store::open(&bed.dir.path().join("wrenn.db")).await.unwrap();
+    assert_eq!(store.count_keys().await.unwrap(), 1);
+    assert!(store.delete_key(bed.team.id, row.id).await.unwrap());
+    assert_eq!(store.keys_of_team(bed.team.id).await.unwrap(), []);
+}
