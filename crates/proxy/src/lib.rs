@@ -1,10 +1,10 @@
 //! Traffic from outside to ports inside sandboxes.
 //!
 //! ```text
-//! request ──target::of──▶ Target{sandbox, port} ──Proxy::handle──▶ pool ──Dial──▶ guest
-//!    │                                                │
-//!    └ none: the API's own request                     └ headers cleaned, body streamed,
-//!                                                        upgrades tunnelled
+//! request ──Proxy::target──▶ Target{sandbox, port} ──Proxy::handle──▶ pool ──Dial──▶ guest
+//!    │                                                 │
+//!    └ none: the API's own request                      └ headers cleaned, bodies streamed,
+//!                                                         upgrades tunnelled
 //! ```
 //!
 //! A request names its sandbox by the host `{port}-{sandbox}.{domain}`, or, where there is no
@@ -13,6 +13,15 @@
 //! [`Proxy::forget`] ends all of a sandbox's at once.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod answer;
+mod body;
 mod dial;
+mod headers;
+mod pool;
+mod proxy;
+mod target;
 
 pub use dial::{Dial, DialError, GuestIo, GuestStream};
+pub use headers::{ENVD_PORT, PLATFORM_COOKIE};
+pub use proxy::{Activity, Proxy};
+pub use target::{PORT_HEADER, SANDBOX_HEADER, Target, TargetError};
