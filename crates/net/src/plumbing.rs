@@ -1,0 +1,257 @@
+//! Making, recycling and removing the kernel objects of one slot.
+//!
+//! All functions block, for 10 to 50 ms when links come and go; they run on threads of their
+//! own. Nothing about a slot is written down elsewhere: its name and index are in the kernel.
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use crate::config::{
+    GATEWAY_ADDR, GATEWAY_MAC, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX_LEN, NetConfig,
+};
+use crate::error::{FLUSH_CONNTRACK, LOAD_RULES, MAKE_VETH, NetError, OPEN_TAP};
+use crate::netlink::Socket;
+use crate::netns::{self, Namespace};
+use crate::policy::{self, DNS_PORT, OUT, TAP};
+use crate::{nft, route, sys};
+
+/// How long a tap may stay open after its slot was given back: the time a killed QEMU needs
+/// to be gone.
+const TAP_CLOSES_WITHIN: Duration = Duration::from_secs(2);
+
+/// The kernel objects of one slot.
+#[derive(Debug)]
+pub(crate) struct Plumbing {
+    pub(crate) index: u32,
+    pub(crate) name: String,
+    pub(crate) outside: Ipv4Addr,
+    pub(crate) namespace: Arc<Namespace>,
+    /// Sockets of the slot's namespace; through them it is changed without entering it.
+    sockets: Mutex<Sockets>,
+}
+
+#[derive(Debug)]
+struct Sockets {
+    netfilter: Socket,
+    route: Socket,
+    tap: u32,
+    /// `None` if an earlier agent made the slot.
+    internet: Option<bool>,
+}
+
+/// Settings of a slot's namespace: file under `/proc/sys/net`, value.
+const SETTINGS: [(&str, &str); 14] = [
+    ("ipv4/ip_forward", "1"),
+    // Refusals are the product's own answers, and few enough: no limit per peer.
+    ("ipv4/icmp_ratelimit", "0"),
+    ("ipv4/conf/all/rp_filter", "1"),
+    ("ipv4/conf/all/accept_redirects", "0"),
+    ("ipv4/conf/all/accept_source_route", "0"),
+    ("ipv4/conf/all/send_redirects", "0"),
+    ("ipv4/conf/default/send_redirects", "0"),
+    // Answer ARP only for the address of the link that was asked.
+    ("ipv4/conf/all/arp_ignore", "1"),
+    ("ipv6/conf/all/disable_ipv6", "1"),
+    ("ipv6/conf/default/disable_ipv6", "1"),
+    ("ipv6/conf/all/forwarding", "0"),
+    // Packets in the middle of an unknown connection are invalid, not new: that tells a
+    // recycled slot's old flows from the next tenant's.
+    ("netfilter/nf_conntrack_tcp_loose", "0"),
+    // But sequence numbers out of window are no reason to refuse.
+    ("netfilter/nf_conntrack_tcp_be_liberal", "1"),
+    // A guest that pauses for long comes back in another slot anyway.
+    ("netfilter/nf_conntrack_tcp_timeout_established", "86400"),
+];
+
+fn apply_settings() -> Result<(), NetError> {
+    for (file, value) in SETTINGS {
+        let path = format!("/proc/sys/net/{file}");
+        match fs::write(&path, value) {
+            // A kernel without IPv6 has nothing to turn off.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && file.starts_with("ipv6/") => {}
+            Err(error) => return Err(NetError::step("set the namespace's kernel setting", path, error)),
+            Ok(()) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Makes a slot. To be called on a thread of its own: afterwards it is in the slot's namespace.
+pub(crate) fn make(config: &NetConfig, index: u32) -> Result<Plumbing, NetError> {
+    let name = config.slot_name(index);
+    let step = |step, error| NetError::step(step, name.clone(), error);
+    let host = netns::of_this_thread().map_err(|e| step("open the host's namespace", e))?;
+    let mut host_route = Socket::route().map_err(|e| step("open a netlink socket", e))?;
+    let namespace =
+        Namespace::create_and_enter(&name).map_err(|e| step("make the network namespace", e))?;
+    let made = fill(config, index, &name, &host, &mut host_route);
+    match made {
+        Ok(sockets) => Ok(Plumbing {
+            index,
+            outside: config.slot_addrs(index).1,
+            namespace: Arc::new(namespace),
+            sockets: Mutex::new(sockets),
+            name,
+        }),
+        Err(error) => {
+            if let Err(undo) = unmake(&mut host_route, &name) {
+                tracing::warn!(slot = name, error = %undo, "a half-made slot stays until the next sweep");
+            }
+            Err(error)
+        }
+    }
+}
+
+fn fill(
+    config: &NetConfig,
+    index: u32,
+    name: &str,
+    host: &OwnedFd,
+    host_route: &mut Socket,
+) -> Result<Sockets, NetError> {
+    let step = |step, error| NetError::step(step, name.to_owned(), error);
+    let (host_addr, slot_addr) = config.slot_addrs(index);
+    let mut route = Socket::route().map_err(|e| step("open a netlink socket", e))?;
+    let mut netfilter = Socket::netfilter()
+        .map_err(|e| step("open a netfilter socket (CONFIG_NF_TABLES)", e))?;
+
+    // Rules first: at no moment is there a link without them. They also load connection
+    // tracking, whose settings would not be there otherwise.
+    policy::slot_table(config).commit(&mut netfilter).map_err(|e| step(LOAD_RULES, e))?;
+    apply_settings()?;
+
+    let tap = sys::open_tap(TAP).map_err(|e| step(OPEN_TAP, e))?;
+    sys::keep_tap(&tap).map_err(|e| step("keep the tap device", e))?;
+    drop(tap);
+    let tap = route::link_index(&route, TAP).map_err(|e| step("find the tap device", e))?;
+    route::set_mac(&mut route, tap, GATEWAY_MAC).map_err(|e| step("set the tap's MAC", e))?;
+    route::add_addr(&mut route, tap, GATEWAY_ADDR, GUEST_PREFIX_LEN)
+        .map_err(|e| step("set the tap's address", e))?;
+    route::bring_up(&mut route, tap).map_err(|e| step("bring the tap up", e))?;
+    route::add_neighbour(&mut route, tap, GUEST_ADDR, GUEST_MAC)
+        .map_err(|e| step("fix the guest's MAC address", e))?;
+
+    route::make_veth(&mut route, OUT, name, host.as_fd()).map_err(|e| step(MAKE_VETH, e))?;
+    let outside = route::link_index(host_route, name).map_err(|e| step("find the veth link", e))?;
+    route::no_ipv6_address(host_route, outside).map_err(|e| step("turn IPv6 addresses off", e))?;
+    route::add_addr(host_route, outside, host_addr, 31)
+        .map_err(|e| step("set the address of the slot's link on the host", e))?;
+    route::bring_up(host_route, outside).map_err(|e| step("bring the host's link up", e))?;
+    let inside = route::link_index(&route, OUT).map_err(|e| step("find the veth link", e))?;
+    route::add_addr(&mut route, inside, slot_addr, 31)
+        .map_err(|e| step("set the slot's address", e))?;
+    route::bring_up(&mut route, inside).map_err(|e| step("bring the slot's link up", e))?;
+    route::add_default_route(&mut route, inside, host_addr)
+        .map_err(|e| step("set the slot's default route", e))?;
+    Ok(Sockets { netfilter, route, tap, internet: Some(config.internet) })
+}
+
+/// Opens the slot of a living machine that an earlier agent made. To be called on a thread of
+/// its own: afterwards it is in the slot's namespace.
+pub(crate) fn open(config: &NetConfig, index: u32) -> Result<Plumbing, NetError> {
+    let name = config.slot_name(index);
+    let step = |step, error| NetError::step(step, name.clone(), error);
+    let namespace = Namespace::open(&name).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => NetError::NoSuchSlot {
+            index,
+            namespace: netns::path_of(&name).display().to_string(),
+        },
+        _ => step("open the slot's namespace", error),
+    })?;
+    rustix::thread::move_into_link_name_space(
+        namespace.as_fd(),
+        Some(rustix::thread::LinkNameSpaceType::Network),
+    )
+    .map_err(|e| step("enter the slot's namespace", e.into()))?;
+    let route = Socket::route().map_err(|e| step("open a netlink socket", e))?;
+    let netfilter = Socket::netfilter().map_err(|e| step("open a netfilter socket", e))?;
+    let tap = route::link_index(&route, TAP).map_err(|e| step("find the slot's tap device", e))?;
+    Ok(Plumbing {
+        index,
+        outside: config.slot_addrs(index).1,
+        namespace: Arc::new(namespace),
+        sockets: Mutex::new(Sockets { netfilter, route, tap, internet: None }),
+        name,
+    })
+}
+
+/// The sockets a slot's resolver relay answers on.
+#[derive(Debug)]
+pub struct DnsSockets {
+    /// Bound to 169.254.0.22:53, UDP.
+    pub udp: OwnedFd,
+    /// Listening on 169.254.0.22:53, TCP.
+    pub tcp: OwnedFd,
+}
+
+/// Binds the resolver's sockets in the calling thread's namespace.
+pub(crate) fn bind_dns() -> io::Result<DnsSockets> {
+    let addr = (IpAddr::V4(GATEWAY_ADDR), DNS_PORT);
+    Ok(DnsSockets { udp: UdpSocket::bind(addr)?.into(), tcp: TcpListener::bind(addr)?.into() })
+}
+
+impl Plumbing {
+    /// Turns the public internet on or off.
+    pub(crate) fn set_internet(&self, config: &NetConfig, on: bool) -> Result<(), NetError> {
+        let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        if sockets.internet == Some(on) {
+            return Ok(());
+        }
+        policy::slot_internet(config, on)
+            .commit(&mut sockets.netfilter)
+            .map_err(|e| NetError::step("change the slot's firewall rules", self.name.clone(), e))?;
+        sockets.internet = Some(on);
+        Ok(())
+    }
+
+    /// Makes the slot as good as new: nobody on its tap, the policy as configured, every
+    /// connection forgotten. An error means that it must not be used again.
+    pub(crate) fn recycle(&self, config: &NetConfig) -> Result<(), NetError> {
+        let step = |step, error| NetError::step(step, self.name.clone(), error);
+        let deadline = Instant::now() + TAP_CLOSES_WITHIN;
+        loop {
+            let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+            let tap = sockets.tap;
+            if !route::has_carrier(&mut sockets.route, tap).map_err(|e| step("look at the tap", e))? {
+                break;
+            }
+            drop(sockets);
+            if Instant::now() >= deadline {
+                return Err(step("wait until the tap is closed", Errno::BUSY.into()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.set_internet(config, config.internet)?;
+        let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        nft::flush_connections(&mut sockets.netfilter).map_err(|e| step(FLUSH_CONNTRACK, e))
+    }
+}
+
+/// Removes the kernel objects of the slot `name`, as far as they exist. The namespace itself
+/// goes when its last descriptor is closed.
+pub(crate) fn unmake(host_route: &mut Socket, name: &str) -> Result<(), NetError> {
+    let step = |step, error| NetError::step(step, name.to_owned(), error);
+    let gone = |error: &io::Error| error.raw_os_error() == Some(Errno::NODEV.raw_os_error());
+    match route::link_index(host_route, name) {
+        Ok(link) => match route::delete(host_route, link) {
+            Err(error) if !gone(&error) => return Err(step("delete the slot's link", error)),
+            _ => {}
+        },
+        Err(error) if gone(&error) => {}
+        Err(error) => return Err(step("find the slot's link", error)),
+    }
+    netns::remove(name).map_err(|e| step("remove the network namespace", e))
+}
+
+/// [`unmake`] with a socket of its own, from a thread in the host's namespace.
+pub(crate) fn remove(name: &str) -> Result<(), NetError> {
+    let mut host_route = Socket::route()
+        .map_err(|e| NetError::step("open a netlink socket", name.to_owned(), e))?;
+    unmake(&mut host_route, name)
+}
