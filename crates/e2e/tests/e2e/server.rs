@@ -1,0 +1,247 @@
+//! The server's own life: what survives it, what does not, and what it says.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use wrenn_e2e::{Api, Cli, HostState, Server, eventually};
+
+pub(crate) async fn g07_the_shared_server_left_nothing(data_dir: &Path) {
+    HostState::read(data_dir, None).expect_nothing_alive();
+    let machines = fs::read_dir(data_dir.join("machines")).map_or(0, Iterator::count);
+    assert_eq!(machines, 0, "folders of machines that are gone");
+}
+
+/// A sandbox with a program in it that must go on.
+struct Marked {
+    id: String,
+    boot: String,
+    pid: String,
+}
+
+impl Marked {
+    async fn create(api: &Api) -> Marked {
+        let id = api.create(&json!({"timeout_sec": 600})).await;
+        let body = json!({"cmd": "/bin/sh", "args": ["-c", "while :; do date +%s%N > beat; sleep 0.2; done"],
+                          "background": true});
+        let started = api
+            .post(&format!("/v1/sandboxes/{id}/exec"), &body)
+            .await
+            .expect(202)
+            .json();
+        let boot = api.shell(&id, "cat /proc/sys/kernel/random/boot_id").await;
+        Marked {
+            pid: started["pid"].to_string(),
+            boot,
+            id,
+        }
+    }
+
+    /// Its machine is the same one and its program has not stopped.
+    async fn expect_unharmed(&self, api: &Api) {
+        assert!(api.is_running(&self.id).await, "{} is not running", self.id);
+        assert_eq!(
+            api.shell(&self.id, "cat /proc/sys/kernel/random/boot_id")
+                .await,
+            self.boot
+        );
+        let line = format!("kill -0 {} && cat beat && sleep 1 && cat beat", self.pid);
+        let beats = api.shell(&self.id, &line).await;
+        let beats: Vec<_> = beats.lines().collect();
+        assert!(
+            beats.len() == 2 && beats[0] < beats[1],
+            "the program stands still: {beats:?}"
+        );
+    }
+}
+
+pub(crate) async fn g02_ctrl_c_leaves_sandboxes_to_the_next_server(data_dir: &Path) {
+    let server = Server::start(data_dir).await;
+    let marked = Marked::create(&server.api()).await;
+    let doomed = server
+        .api()
+        .create(&json!({"timeout_sec": 5, "on_timeout": "kill"}))
+        .await;
+    server.signal(Signal::INT);
+    let (status, said) = server.wait().await;
+    assert!(
+        status.success() || status.code() == Some(130),
+        "{status}\n{said}"
+    );
+    assert!(
+        said.contains("wrenn down --destroy"),
+        "it says how to end the sandboxes:\n{said}"
+    );
+    assert!(!said.contains("panicked"), "{said}");
+    let alone = HostState::read(data_dir, None);
+    assert_eq!(
+        alone.count("process qemu"),
+        2,
+        "the two sandboxes live on, the pool does not:\n{alone}"
+    );
+
+    // No server: the client says so although its note may still be there.
+    Cli::new(data_dir)
+        .run(&["sandbox", "list"])
+        .await
+        .expect_code(1)
+        .expect_stderr(&["wrenn up"]);
+
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let server = Server::start(data_dir).await;
+    let api = server.api();
+    marked.expect_unharmed(&api).await;
+    // G2: the time limit of the other went on, or begins anew at the latest now.
+    eventually(
+        "an adopted sandbox expires",
+        Duration::from_secs(30),
+        || async { (!api.is_running(&doomed).await).then_some(()) },
+    )
+    .await;
+    server.destroy().await;
+}
+
+pub(crate) async fn g02_sigkill_loses_no_sandbox(data_dir: &Path) {
+    let mut server = Server::start(data_dir).await;
+    let marked = Marked::create(&server.api()).await;
+    for round in 0..3 {
+        // Something under way each time, to be cut off at another place.
+        let (api, cut) = (server.api(), Duration::from_millis(40 * round));
+        let under_way = tokio::spawn(async move {
+            let _ = api
+                .request(reqwest::Method::POST, "/v1/sandboxes")
+                .json(&json!({}))
+                .send()
+                .await;
+        });
+        tokio::time::sleep(cut).await;
+        server.signal(Signal::KILL);
+        server.wait().await;
+        under_way.abort();
+        server = Server::start(data_dir).await;
+        marked.expect_unharmed(&server.api()).await;
+    }
+    // G3: whatever was under way is there or gone, never in between.
+    let api = server.api();
+    eventually(
+        "every state is true again",
+        Duration::from_secs(30),
+        || async {
+            let all = api.get("/v1/sandboxes").await.expect(200).json();
+            let transitional = |one: &Value| {
+                ["pending", "starting", "stopping"].contains(&one["status"].as_str().unwrap_or("?"))
+            };
+            let between = all
+                .as_array()
+                .is_some_and(|all| all.iter().any(transitional));
+            (!between).then_some(())
+        },
+    )
+    .await;
+    for id in api.running().await {
+        assert_eq!(api.shell(&id, "echo here").await, "here\n");
+    }
+    server.destroy().await;
+    HostState::read(data_dir, None).expect_nothing_alive();
+}
+
+pub(crate) async fn g06_a_machine_that_dies_is_noticed(data_dir: &Path) {
+    let server = Server::start(data_dir).await;
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    let journal = data_dir.join("machines").join(&id).join("machine.json");
+    let journal: Value =
+        serde_json::from_slice(&fs::read(&journal).expect("the machine's journal")).expect("JSON");
+    let pid = vm_pid(&journal).unwrap_or_else(|| panic!("no pid of QEMU in {journal}"));
+    kill_process(pid, Signal::KILL).expect("QEMU is there");
+    let seen = eventually(
+        "the end of a machine is noticed",
+        Duration::from_secs(5),
+        || async {
+            let answer = api.get(&format!("/v1/sandboxes/{id}")).await;
+            (answer.status != 200 || answer.json()["status"] != "running")
+                .then(|| answer.describe())
+        },
+    )
+    .await;
+    assert!(
+        seen.contains("signal") || seen.contains("died") || seen.contains("ended"),
+        "why? {seen}"
+    );
+    let folder = data_dir.join("machines").join(&id);
+    eventually(
+        "its folder is given back",
+        Duration::from_secs(20),
+        || async { (!folder.exists()).then_some(()) },
+    )
+    .await;
+    server.destroy().await;
+}
+
+/// The pid of the process that is QEMU among all numbers of the journal.
+fn vm_pid(journal: &Value) -> Option<Pid> {
+    match journal {
+        Value::Number(number) => {
+            let pid = i32::try_from(number.as_u64()?).ok()?;
+            let exe = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+            exe.file_name()?
+                .to_str()?
+                .starts_with("qemu")
+                .then(|| Pid::from_raw(pid))?
+        }
+        Value::Object(fields) => fields.values().find_map(vm_pid),
+        Value::Array(items) => items.iter().find_map(vm_pid),
+        Value::Null | Value::Bool(_) | Value::String(_) => None,
+    }
+}
+
+pub(crate) async fn down_destroy_ends_everything(data_dir: &Path) {
+    let server = Server::start(data_dir).await;
+    for _ in 0..3 {
+        server.api().create(&json!({})).await;
+    }
+    server.destroy().await;
+    HostState::read(data_dir, None).expect_nothing_alive();
+
+    // Also when the server itself is dead already.
+    let server = Server::start(data_dir).await;
+    server.api().create(&json!({})).await;
+    server.signal(Signal::KILL);
+    server.wait().await;
+    Cli::new(data_dir)
+        .run(&["down", "--destroy"])
+        .await
+        .expect_code(0);
+    HostState::read(data_dir, None).expect_nothing_alive();
+    Cli::new(data_dir).run(&["gc"]).await.expect_code(0);
+}
+
+pub(crate) async fn doctor_says_what_this_host_can_do(data_dir: &Path) {
+    let cli = Cli::new(data_dir);
+    let table = cli.run(&["doctor"]).await.expect_code(0);
+    for part in ["qemu", "kvm", "tcg"] {
+        assert!(
+            table.stdout.to_lowercase().contains(part),
+            "{part} is not in\n{}",
+            table.stdout
+        );
+    }
+    assert!(
+        cli.run(&["doctor", "--json"])
+            .await
+            .expect_code(0)
+            .json()
+            .is_object()
+    );
+    // Without QEMU on the path nothing can run, and the exit code says so.
+    let mut command = cli.command();
+    command.arg("doctor").env("PATH", "/nonexistent");
+    let ran = wrenn_e2e::Ran::of(command, b"").await.expect_code(1);
+    let said = format!("{}{}", ran.stdout, ran.stderr);
+    assert!(
+        said.contains("qemu-system-x86"),
+        "it names what to install:\n{said}"
+    );
+}
