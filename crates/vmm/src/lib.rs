@@ -1,1 +1,43 @@
-//! vmm
+//! Virtual machines: one trait, [`Vmm`], and the QEMU driver behind it, [`QemuVmm`].
+//!
+//! The crate turns a [`MachineSpec`] (files, descriptors, numbers) into a process that runs
+//! a guest, and knows nothing of networks, images or sandboxes.
+//!
+//! ```text
+//!          boot                      save_state + kill            seal
+//!   spec ───────▶ running ─ stop ─▶ stopped ───────▶ state file, MemoryFile ──▶ SealedMemory
+//!                    ▲                                                              │
+//!                    │ resume          restore (private mapping, lazily shared)     │
+//!                    └──────── loaded, stopped ◀────────────────────────────────────┘
+//! ```
+//!
+//! Dropping a [`Machine`] handle never ends the machine: each runs in a session of its own
+//! under a [`keeper`], and [`Vmm::adopt`] finds it again. Only [`Machine::kill`], the guest,
+//! or the death of the keeper ends it.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod digest;
+mod error;
+mod info;
+pub mod keeper;
+mod kernel;
+mod machine;
+mod memory;
+pub mod probe;
+mod process;
+mod qcow2;
+mod qemu;
+mod qmp;
+
+pub use digest::Digest;
+pub use error::VmmError;
+pub use info::{Accelerator, Fingerprint, Incompatible, VmmInfo};
+pub use keeper::Launcher;
+pub use machine::{
+    BootFiles, BootSpec, DiskChain, ExitCause, ExitReason, IDENTITY_BYTES, Machine, MachinePids,
+    MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState, Vmm,
+};
+pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
+pub use qcow2::{OverlayError, create_overlay};
+pub use qemu::{QemuConfig, QemuVmm};

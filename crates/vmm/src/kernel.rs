@@ -1,0 +1,105 @@
+//! The few calls of this crate that the compiler cannot check.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Closes every descriptor but the standard three. For a process that has just started and
+/// owns no other.
+pub(crate) fn close_inherited() -> io::Result<()> {
+    // SAFETY: close_range(2) touches no memory. That no live object owns one of these
+    // descriptors is the caller's duty: the only caller is the first statement of
+    // `keeper::main`, which documents it.
+    match unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Makes the child of `command` die by SIGKILL when the thread that spawns it ends.
+pub(crate) fn die_with_parent(command: &mut Command) {
+    let parent = getpid();
+    let hook = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The parent may have died before the line above.
+        if getppid() != Some(parent) {
+            return Err(io::Error::from(io::ErrorKind::BrokenPipe));
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; the hook makes
+    // two system calls and neither allocates nor locks.
+    unsafe { command.pre_exec(hook) };
+}
+
+/// The processor's time stamp counter.
+pub(crate) fn time_stamp_counter() -> u64 {
+    // SAFETY: RDTSC exists on every x86-64 processor and touches no memory.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+/// What KVM said when it was asked to make a machine with one processor.
+pub(crate) fn kvm_create_machine(kvm: &OwnedFd) -> io::Result<()> {
+    use std::os::fd::{AsRawFd, FromRawFd};
+    const KVM_GET_API_VERSION: libc::c_ulong = 0xAE00;
+    const KVM_CREATE_VM: libc::c_ulong = 0xAE01;
+    const KVM_CREATE_VCPU: libc::c_ulong = 0xAE41;
+    let call = |fd: libc::c_int, request| {
+        // SAFETY: these three requests take an integer, not a pointer.
+        match unsafe { libc::ioctl(fd, request, 0) } {
+            -1 => Err(io::Error::last_os_error()),
+            value => Ok(value),
+        }
+    };
+    let version = call(kvm.as_raw_fd(), KVM_GET_API_VERSION)?;
+    if version != 12 {
+        return Err(io::Error::other(format!(
+            "its interface has version {version}, not 12"
+        )));
+    }
+    let machine = call(kvm.as_raw_fd(), KVM_CREATE_VM)?;
+    // SAFETY: KVM_CREATE_VM returned a new descriptor that nothing else owns.
+    let machine = unsafe { OwnedFd::from_raw_fd(machine) };
+    let processor = call(machine.as_raw_fd(), KVM_CREATE_VCPU)?;
+    // SAFETY: KVM_CREATE_VCPU returned a new descriptor that nothing else owns.
+    drop(unsafe { OwnedFd::from_raw_fd(processor) });
+    Ok(())
+}
+
+/// Whether userfaultfd(2) is there, for the kernel's accesses too.
+pub(crate) fn userfaultfd() -> io::Result<()> {
+    // SAFETY: the call only makes a descriptor, which is dropped; no range is registered.
+    unsafe { rustix::mm::userfaultfd(rustix::mm::UserfaultfdFlags::CLOEXEC) }?;
+    Ok(())
+}
+
+/// Whether the kernel knows the `PAGEMAP_SCAN` request (Linux 6.7): an argument of no
+/// length is `EINVAL` there and an unknown request `ENOTTY` before.
+pub(crate) fn knows_pagemap_scan(pagemap: &impl AsFd) -> bool {
+    use std::os::fd::AsRawFd;
+    /// `_IOWR('f', 16, struct pm_scan_arg)`, whose size is 96 bytes.
+    const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
+    let mut argument = [0u64; 12];
+    // SAFETY: the kernel reads and writes at most the 96 bytes of `argument`.
+    let result = unsafe {
+        libc::ioctl(
+            pagemap.as_fd().as_raw_fd(),
+            PAGEMAP_SCAN,
+            argument.as_mut_ptr(),
+        )
+    };
+    result == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
+}
+
+/// A descriptor whose readability can be awaited.
+pub(crate) fn await_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is open for as long as it lives, and neither of the callers
+    // (a pidfd, a channel) replaces what it refers to.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+}

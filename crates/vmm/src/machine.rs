@@ -1,0 +1,246 @@
+//! The traits a driver implements, and what goes in and comes out of them.
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use wrenn_types::Shape;
+
+use crate::{MemoryFile, SealedMemory, VmmError, VmmInfo};
+
+/// Length of the identity page given to each machine through `fw_cfg`. Fixed, since a
+/// restored guest keeps the length it saw at boot.
+pub const IDENTITY_BYTES: usize = 4096;
+
+/// A virtual machine monitor: makes machines, and finds those of an earlier agent again.
+#[async_trait]
+pub trait Vmm: Send + Sync {
+    /// What runs the machines and why.
+    fn info(&self) -> &VmmInfo;
+
+    /// Boots a machine cold; it is running when this returns. Its memory is shared with
+    /// `spec.memory`, so that it can become a template.
+    async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Machine>, VmmError>;
+
+    /// Loads a saved machine; it is stopped when this returns, and [`Machine::resume`]
+    /// starts it.
+    async fn restore(&self, spec: RestoreSpec) -> Result<Arc<dyn Machine>, VmmError>;
+
+    /// Takes over the machine that an earlier agent left running in folder `dir`; `None`
+    /// when there is none, or it is dead.
+    async fn adopt(&self, dir: &Path) -> Result<Option<Arc<dyn Machine>>, VmmError>;
+}
+
+/// One machine. Dropping the handle does not end it.
+#[async_trait]
+pub trait Machine: Send + Sync {
+    /// Lets the processors run.
+    async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Halts the processors; devices are quiet when this returns.
+    async fn stop(&self) -> Result<(), VmmError>;
+
+    /// Stops the machine if it runs and writes all of its state but the memory to `out`.
+    /// It cannot be resumed afterwards: [`Machine::kill`] it and seal its memory.
+    async fn save_state(&self, out: File) -> Result<SavedState, VmmError>;
+
+    /// Whether the processors run, as last reported by the monitor.
+    fn run_state(&self) -> watch::Receiver<RunState>;
+
+    /// How the machine ended; `None` while it lives. Changes the moment it dies.
+    fn exited(&self) -> watch::Receiver<Option<ExitReason>>;
+
+    /// Ends the machine and returns once it is gone. Idempotent: a machine that has ended
+    /// tells its reason again.
+    async fn kill(&self) -> Result<ExitReason, VmmError>;
+
+    /// The last `bytes` bytes that the guest wrote to its console, also after its death.
+    fn console_tail(&self, bytes: usize) -> Result<Vec<u8>, VmmError>;
+
+    /// The processes that make up the machine.
+    fn pids(&self) -> MachinePids;
+
+    /// Memory on the host that this machine shares with no other.
+    async fn memory_use(&self) -> Result<MemoryUse, VmmError>;
+
+    /// The error for a machine that showed no sign of life within `waited`, with the end of
+    /// its console. The caller, who knows what readiness is, kills and tries again.
+    fn stalled(&self, waited: Duration) -> VmmError {
+        let tail = match self.console_tail(2048) {
+            Ok(tail) => String::from_utf8_lossy(&tail).into_owned(),
+            Err(error) => format!("(console not readable: {error})"),
+        };
+        VmmError::BootStalled {
+            waited,
+            console: tail,
+        }
+    }
+}
+
+/// What every machine needs.
+#[derive(Debug)]
+pub struct MachineSpec {
+    /// The machine's folder: exists, mode 0700, owned by the agent.
+    pub dir: PathBuf,
+    /// User the monitor runs as.
+    pub uid: u32,
+    /// Group the monitor runs as.
+    pub gid: u32,
+    /// Processors and memory.
+    pub shape: Shape,
+    /// What is booted. A restore only reads the command line.
+    pub boot: BootFiles,
+    /// The root disk, `/dev/vda` in the guest.
+    pub disk: DiskChain,
+    /// The tap of `eth0`, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`; `None` for a
+    /// machine without a network.
+    pub tap: Option<OwnedFd>,
+    /// Hardware address of `eth0`.
+    pub mac: [u8; 6],
+    /// What the guest reads under `fw_cfg` name `opt/wrenn/restore`.
+    pub identity: Box<[u8; IDENTITY_BYTES]>,
+    /// Descriptors for the keeper's companions (the slot's DNS relay).
+    pub companions: Vec<OwnedFd>,
+}
+
+/// The guest's kernel.
+#[derive(Debug, Clone)]
+pub struct BootFiles {
+    /// A bzImage.
+    pub kernel: PathBuf,
+    /// A cpio archive, compressed or not.
+    pub initramfs: PathBuf,
+    /// The kernel's command line. Under TCG it must hold `tsc_early_khz=` with
+    /// [`crate::Fingerprint::tsc_khz`], or one cold boot in three hangs.
+    pub cmdline: String,
+}
+
+/// The root disk: immutable layers and one that is written.
+#[derive(Debug, Clone)]
+pub struct DiskChain {
+    /// Raw image at the bottom, never written.
+    pub base: PathBuf,
+    /// qcow2 layers on it, lowest first, never written.
+    pub layers: Vec<PathBuf>,
+    /// qcow2 layer on top that takes all writes; see [`crate::create_overlay`].
+    pub top: PathBuf,
+}
+
+/// A machine to boot.
+#[derive(Debug)]
+pub struct BootSpec {
+    /// The machine.
+    pub machine: MachineSpec,
+    /// Its memory, of exactly the shape's size.
+    pub memory: Arc<MemoryFile>,
+}
+
+/// A machine to restore.
+#[derive(Debug)]
+pub struct RestoreSpec {
+    /// The machine; shape, disk size, presence of a tap and hardware address as at the save.
+    pub machine: MachineSpec,
+    /// The memory at the save, mapped privately.
+    pub memory: Arc<SealedMemory>,
+    /// The state that [`Machine::save_state`] wrote, open for reading at its start.
+    pub state: File,
+}
+
+/// What [`Machine::save_state`] wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SavedState {
+    /// Length of the state in bytes.
+    pub bytes: u64,
+    /// How long it took, the stop included.
+    pub took: Duration,
+}
+
+/// Whether the guest's processors run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// They run.
+    Running,
+    /// They are halted.
+    Stopped,
+}
+
+/// A process, told apart from a later one with the same number by its start time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ProcessId {
+    /// Number of the process.
+    pub pid: u32,
+    /// Clock ticks after the host's boot; field 22 of `/proc/PID/stat`, proc(5).
+    pub start_time: u64,
+}
+
+/// The processes of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MachinePids {
+    /// Its keeper.
+    pub keeper: ProcessId,
+    /// The monitor.
+    pub vmm: ProcessId,
+}
+
+/// Memory that belongs to one machine alone, in bytes (`Private_*` of `smaps_rollup`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Of the monitor, guest pages that were written included.
+    pub vmm: u64,
+    /// Of the keeper.
+    pub keeper: u64,
+}
+
+impl MemoryUse {
+    /// Both together.
+    pub fn total(self) -> u64 {
+        self.vmm + self.keeper
+    }
+}
+
+/// How a machine's monitor ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ExitCause {
+    /// By itself, with this status. 0 when the guest powered off, rebooted or panicked.
+    Status(i32),
+    /// By a signal; 9 after [`Machine::kill`], 31 when it broke its system call filter.
+    Signal(i32),
+    /// Nobody saw it: the keeper was killed too, or the host went down.
+    Unseen,
+}
+
+/// How and when a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ExitReason {
+    /// How.
+    pub cause: ExitCause,
+    /// When, in milliseconds since 1970; when it was noticed, if nobody saw it.
+    pub at_unix_ms: u64,
+    /// The end of what the monitor wrote to its standard error.
+    pub stderr: String,
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.cause {
+            ExitCause::Status(0) => f.write_str("the guest powered off")?,
+            ExitCause::Status(code) => write!(f, "the monitor exited with status {code}")?,
+            ExitCause::Signal(signal) => write!(f, "the monitor was ended by signal {signal}")?,
+            ExitCause::Unseen => f.write_str("the machine ended while nobody watched")?,
+        }
+        match self.stderr.trim() {
+            "" => Ok(()),
+            stderr => write!(f, ": {stderr}"),
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! QEMU's command line: pure, and free of paths.
+
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+
+use serde_json::json;
+use wrenn_types::Shape;
+
+use crate::Accelerator;
+use crate::keeper::{FIRST_FD, SERIAL_FD};
+
+/// The machine model. ACPI, or Debian's kernel finds no virtio device.
+pub(super) const MACHINE: &str = "microvm,acpi=on";
+
+/// Version of the device layout below; see [`crate::Fingerprint::layout`].
+pub(super) const LAYOUT: u32 = 1;
+
+/// MiB of translated code that TCG keeps. QEMU's default of up to 1 GiB would grow without
+/// bound in a sandbox that runs many programs.
+const TCG_CACHE_MIB: u32 = 64;
+
+/// All of QEMU's own system call filter.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// The processor model: what the host has, or all that TCG can do.
+pub(super) fn cpu(accelerator: Accelerator) -> &'static str {
+    match accelerator {
+        Accelerator::Kvm => "host",
+        Accelerator::Tcg => "max",
+    }
+}
+
+/// The descriptors of a monitor under way; each has the number it will have in QEMU.
+#[derive(Debug, Default)]
+pub(super) struct Descriptors {
+    fds: Vec<OwnedFd>,
+}
+
+impl Descriptors {
+    pub(super) fn add(&mut self, fd: impl Into<OwnedFd>) -> Number {
+        self.fds.push(fd.into());
+        // A machine has a dozen descriptors.
+        Number(FIRST_FD + self.fds.len() as i32 - 1)
+    }
+
+    pub(super) fn into_fds(self) -> Vec<OwnedFd> {
+        self.fds
+    }
+}
+
+/// A descriptor as QEMU knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Number(i32);
+
+impl Number {
+    /// For what QEMU opens anew: it must be open to any user, as a memfd is.
+    fn path(self) -> String {
+        format!("/proc/self/fd/{}", self.0)
+    }
+}
+
+/// One image of the disk chain.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Image {
+    pub(super) fd: Number,
+    pub(super) format: Format,
+    pub(super) writable: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Format {
+    Raw,
+    Qcow2,
+}
+
+/// Whether QEMU starts a machine or waits for a saved one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// Boot, writing to the memory itself.
+    Cold,
+    /// Wait for a state, mapping the memory privately.
+    Saved,
+}
+
+/// A machine in QEMU's terms.
+#[derive(Debug)]
+pub(super) struct Plan<'a> {
+    pub(super) accelerator: Accelerator,
+    pub(super) start: Start,
+    pub(super) shape: Shape,
+    pub(super) memory: Number,
+    pub(super) kernel: Number,
+    pub(super) initramfs: Option<Number>,
+    pub(super) cmdline: &'a str,
+    pub(super) identity: Number,
+    pub(super) control: Number,
+    /// From the base upwards.
+    pub(super) disk: &'a [Image],
+    pub(super) network: Option<(Number, [u8; 6])>,
+}
+
+impl Plan<'_> {
+    pub(super) fn args(&self) -> Vec<OsString> {
+        let mut args = Args::default();
+        args.put("-M", format!("{MACHINE},memory-backend=mem"));
+        args.put(
+            "-accel",
+            match self.accelerator {
+                Accelerator::Kvm => "kvm".into(),
+                Accelerator::Tcg => format!("tcg,tb-size={TCG_CACHE_MIB}"),
+            },
+        );
+        args.put("-cpu", cpu(self.accelerator).into());
+        args.put("-smp", self.shape.vcpus.0.to_string());
+        args.put("-m", format!("{}M", self.shape.memory.0));
+        args.put(
+            "-object",
+            format!(
+                "memory-backend-file,id=mem,size={}M,mem-path={},share={}",
+                self.shape.memory.0,
+                self.memory.path(),
+                match self.start {
+                    Start::Cold => "on",
+                    Start::Saved => "off",
+                }
+            ),
+        );
+        args.put("-kernel", self.kernel.path());
+        if let Some(initramfs) = self.initramfs {
+            args.put("-initrd", initramfs.path());
+        }
+        args.put("-append", self.cmdline.into());
+        args.put(
+            "-fw_cfg",
+            format!("name=opt/wrenn/restore,file={}", self.identity.path()),
+        );
+        for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+            args.flag(flag);
+        }
+        args.put("-display", "none".into());
+        // Or a state saved without its memory cannot be loaded.
+        args.put("-global", "migration.send-configuration=off".into());
+        args.put("-sandbox", SANDBOX.into());
+        args.put("-add-fd", format!("fd={SERIAL_FD},set={SERIAL_FD}"));
+        args.put(
+            "-chardev",
+            // Appending, or QEMU tries to truncate the pipe.
+            format!("file,id=console,path=/dev/fdset/{SERIAL_FD},append=on"),
+        );
+        args.put("-serial", "chardev:console".into());
+        args.put(
+            "-chardev",
+            format!("socket,id=control,fd={},server=on,wait=off", self.control.0),
+        );
+        args.put("-mon", "chardev=control,mode=control".into());
+        self.disk_args(&mut args);
+        if let Some((tap, mac)) = self.network {
+            let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+            args.put("-netdev", format!("tap,id=net0,fd={},vhost=off", tap.0));
+            args.put(
+                "-device",
+                format!("virtio-net-device,netdev=net0,mac={mac}"),
+            );
+        }
+        if self.start == Start::Saved {
+            args.flag("-S");
+            args.put("-incoming", "defer".into());
+        }
+        args.list
+    }
+
+    /// The chain, joined by node names: no image has to name the one below it.
+    fn disk_args(&self, args: &mut Args) {
+        let top = self.disk.len().saturating_sub(1);
+        for (level, image) in self.disk.iter().enumerate() {
+            args.put("-add-fd", format!("fd={0},set={0}", image.fd.0));
+            let mut node = json!({
+                "node-name": format!("disk{level}"),
+                "driver": match image.format { Format::Raw => "raw", Format::Qcow2 => "qcow2" },
+                "read-only": !image.writable,
+                // A running machine does not survive the host, so its flushes need not reach
+                // the platter; a pause syncs the layer itself.
+                "cache": { "direct": false, "no-flush": true },
+                "discard": "ignore",
+                "file": {
+                    "driver": "file",
+                    "filename": format!("/dev/fdset/{}", image.fd.0),
+                    "read-only": !image.writable,
+                    "cache": { "direct": false, "no-flush": true },
+                    "aio": "threads",
+                    "discard": "ignore",
+                },
+            });
+            if level > 0 {
+                node["backing"] = json!(format!("disk{}", level - 1));
+            }
+            args.put("-blockdev", node.to_string());
+        }
+        args.put("-device", format!("virtio-blk-device,drive=disk{top}"));
+    }
+}
+
+#[derive(Default)]
+struct Args {
+    list: Vec<OsString>,
+}
+
+impl Args {
+    fn flag(&mut self, flag: &str) {
+        self.list.push(flag.into());
+    }
+
+    fn put(&mut self, option: &str, value: String) {
+        self.flag(option);
+        self.list.push(value.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(start: Start) -> Vec<String> {
+        let image = |fd, format, writable| Image {
+            fd: Number(fd),
+            format,
+            writable,
+        };
+        Plan {
+            accelerator: Accelerator::Tcg,
+            start,
+            shape: Shape::DEFAULT,
+            memory: Number(4),
+            kernel: Number(5),
+            initramfs: Some(Number(6)),
+            cmdline: "console=ttyS0",
+            identity: Number(7),
+            control: Number(8),
+            disk: &[
+                image(9, Format::Raw, false),
+                image(10, Format::Qcow2, false),
+                image(11, Format::Qcow2, true),
+            ],
+            network: Some((Number(12), [2, 0xfc, 0, 0, 0, 5])),
+        }
+        .args()
+        .into_iter()
+        .map(|arg| arg.into_string().unwrap())
+        .collect()
+    }
+
+    #[test]
+    fn g20_no_path_but_descriptors_reaches_qemu() {
+        for start in [Start::Cold, Start::Saved] {
+            for arg in plan(start) {
+                for (at, _) in arg.match_indices('/') {
+                    let (before, rest) = arg.split_at(at);
+                    let known = ["/proc/self/fd/", "/dev/fdset/"]
+                        .iter()
+                        .any(|prefix| rest.starts_with(prefix));
+                    let inside = ["/proc", "/self", "/dev", "/fd", "/fdset", "opt", "wrenn"]
+                        .iter()
+                        .any(|part| before.ends_with(part));
+                    assert!(known || inside || arg.contains("proc/self/fd"), "{arg}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn g43_no_device_can_discard_shared_memory() {
+        let text = plan(Start::Saved).join(" ");
+        assert!(text.contains("share=off"));
+        for word in ["balloon", "virtio-mem", "free-page", "hostmem", "unmap"] {
+            assert!(!text.contains(word), "{word}");
+        }
+        assert_eq!(text.matches("-device ").count(), 2);
+    }
+
+    #[test]
+    fn only_the_top_of_the_disk_is_writable() {
+        let text = plan(Start::Cold).join(" ");
+        assert_eq!(text.matches(r#""node-name":"disk"#).count(), 3);
+        assert_eq!(text.matches(r#""read-only":false"#).count(), 2);
+        assert!(text.contains(r#""backing":"disk1""#) && text.contains("drive=disk2"));
+        assert!(!plan(Start::Cold).contains(&"-incoming".to_string()));
+    }
+}

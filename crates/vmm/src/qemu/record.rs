@@ -1,0 +1,117 @@
+//! `machine.json`: which processes a machine's folder belongs to.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::VmmError;
+use crate::machine::{ExitReason, MachinePids};
+
+const RECORD: &str = "machine.json";
+const RECORD_TEMPORARY: &str = "machine.json.new";
+pub(super) const EXIT: &str = "exit.json";
+pub(super) const CONSOLE: &str = "console.log";
+pub(super) const CONTROL: &str = "qmp.sock";
+
+/// Version of the file.
+const VERSION: u32 = 1;
+
+/// A machine that was started in this folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Record {
+    version: u32,
+    /// Run of the host in which the processes were started.
+    pub(super) boot_id: String,
+    /// The processes.
+    pub(super) pids: MachinePids,
+}
+
+impl Record {
+    pub(super) fn new(boot_id: String, pids: MachinePids) -> Record {
+        Record {
+            version: VERSION,
+            boot_id,
+            pids,
+        }
+    }
+
+    /// Writes the record so that a reader finds all of it or none. It speaks of processes,
+    /// which no crash of the host survives, so it is not synced.
+    pub(super) fn write(&self, dir: &Path) -> Result<(), VmmError> {
+        let path = dir.join(RECORD);
+        let temporary = dir.join(RECORD_TEMPORARY);
+        let write = || {
+            let mut file = File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            file.write_all(&serde_json::to_vec(self)?)?;
+            fs::rename(&temporary, &path)
+        };
+        write().map_err(|source: io::Error| VmmError::File {
+            what: "cannot write",
+            path,
+            source,
+        })
+    }
+
+    /// The record in `dir`; `None` where no machine was ever started.
+    pub(super) fn read(dir: &Path) -> Result<Option<Record>, VmmError> {
+        let path = dir.join(RECORD);
+        let failed = |source| VmmError::File {
+            what: "cannot read",
+            path: path.clone(),
+            source,
+        };
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        let record: Record =
+            serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))?;
+        if record.version != VERSION {
+            return Err(failed(io::Error::other(format!(
+                "it has version {}, and only {VERSION} is known",
+                record.version
+            ))));
+        }
+        Ok(Some(record))
+    }
+}
+
+/// What the keeper wrote at the machine's end; `None` if it has not or never could.
+pub(super) fn read_exit(dir: &Path) -> Option<ExitReason> {
+    let bytes = fs::read(dir.join(EXIT)).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::ProcessId;
+
+    #[test]
+    fn a_record_is_read_as_written_and_damage_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Record::read(dir.path()).unwrap(), None);
+        let id = |pid| ProcessId { pid, start_time: 9 };
+        let record = Record::new(
+            "boot".into(),
+            MachinePids {
+                keeper: id(1),
+                vmm: id(2),
+            },
+        );
+        record.write(dir.path()).unwrap();
+        assert_eq!(Record::read(dir.path()).unwrap(), Some(record));
+        fs::write(dir.path().join(RECORD), b"{\"version\":1").unwrap();
+        assert!(Record::read(dir.path()).is_err());
+    }
+}

@@ -1,0 +1,91 @@
+//! Loading a saved machine.
+
+use std::os::fd::AsFd;
+
+use serde_json::json;
+
+use super::QemuVmm;
+use super::args::Start;
+use super::launch::{Kernel, check_memory, sealed_memfd};
+use super::machine::QemuMachine;
+use crate::qmp::Migration;
+use crate::{RestoreSpec, VmmError};
+
+impl QemuVmm {
+    /// Starts QEMU on a private mapping of the memory and loads the state. The machine is
+    /// stopped afterwards.
+    pub(super) async fn start_saved(&self, spec: RestoreSpec) -> Result<QemuMachine, VmmError> {
+        let RestoreSpec {
+            machine: spec,
+            memory,
+            state,
+        } = spec;
+        check_memory(&spec, memory.bytes())?;
+        let shared = |source| VmmError::File {
+            what: "cannot share the memory of",
+            path: spec.dir.clone(),
+            source,
+        };
+        let kernel = Kernel {
+            image: sealed_memfd("wrenn-boot", &stand_in_kernel()).map_err(shared)?,
+            initramfs: None,
+        };
+        let memory = memory.share().map_err(shared)?;
+        let machine = self.start(spec, Start::Saved, memory, kernel).await?;
+        let loaded = load(&machine, state.as_fd()).await;
+        if let Err(error) = loaded {
+            // What is reported is why it could not be loaded; a machine that also does not
+            // die is found by its record.
+            if let Err(error) = crate::Machine::kill(&machine).await {
+                tracing::warn!(%error, "a machine that could not be loaded was not ended");
+            }
+            return Err(error);
+        }
+        Ok(machine)
+    }
+}
+
+async fn load(machine: &QemuMachine, state: std::os::fd::BorrowedFd<'_>) -> Result<(), VmmError> {
+    machine.choose_state_format().await?;
+    machine.give("state", state).await?;
+    let done = machine.expect_migration();
+    let asked = machine
+        .command(
+            "loading its state",
+            "migrate-incoming",
+            json!({ "uri": "fd:state" }),
+        )
+        .await;
+    let result = match asked {
+        Ok(_) => machine.await_migration(done).await,
+        Err(error) => Err(error),
+    };
+    match result {
+        Ok(Migration::Completed) => Ok(()),
+        Ok(_) => Err(VmmError::State {
+            doing: "loaded",
+            why: "QEMU gave up without a word".into(),
+        }),
+        // QEMU ends when it meets a state it cannot load.
+        Err(VmmError::Ended { reason, .. }) => Err(VmmError::State {
+            doing: "loaded",
+            why: reason.to_string(),
+        }),
+        Err(error) => Err(error),
+    }
+}
+
+/// The shortest file that QEMU takes for a kernel. A restored guest never reads its kernel
+/// again, yet the device that offered it must be there, and the real one would cost each
+/// clone 8 MiB of memory. Fields: Linux's `Documentation/arch/x86/boot.rst`.
+fn stand_in_kernel() -> Vec<u8> {
+    let mut image = vec![0; 8192];
+    image[0x1f1] = 1; // sectors of the setup part, after the first
+    image[0x1fe..0x200].copy_from_slice(&0xAA55u16.to_le_bytes());
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x206..0x208].copy_from_slice(&0x020cu16.to_le_bytes()); // protocol 2.12
+    image[0x211] = 1; // loaded high
+    image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes()); // initramfs below
+    image[0x238..0x23c].copy_from_slice(&2048u32.to_le_bytes()); // longest command line
+    image
+}
