@@ -10,7 +10,7 @@ CARGO := cargo
 FLAGS := --release --locked
 TARGET := target/x86_64-unknown-linux-gnu/release
 WRENN := $(TARGET)/wrenn
-PYTHON := target/python/bin/python
+PYTHON := target/python/installed
 
 # `make run DATA_DIR=… LISTEN=…`, and `ONCE=1` to end after the first program.
 DATA_DIR ?= /var/lib/wrenn
