@@ -1,27 +1,40 @@
-//! What the tests share: a configuration per test, and a look at the host's objects.
+//! What the tests share: a configuration per test, a guest without a machine, and a look at
+//! the host's objects.
 #![allow(dead_code)]
 
+mod tap;
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use wrenn_net::NetConfig;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use wrenn_net::{NetConfig, Slot};
 
-/// A test's own name prefix, subnet and folder.
+/// A test's own name prefix, subnet and folder, so that tests run side by side.
 pub struct Bed {
     prefix: &'static str,
-    subnet: u8,
+    subnet: String,
     folder: tempfile::TempDir,
 }
 
 impl Bed {
-    /// Each test has its own prefix and a subnet 10.`240 + subnet`.0.0/24 … so that tests run side by side.
-    pub fn new(prefix: &'static str, subnet: u8) -> Self {
+    pub fn new(prefix: &'static str, third: u8) -> Self {
+        let subnet = format!("10.251.{third}.0/24");
         Self { prefix, subnet, folder: tempfile::tempdir().unwrap() }
     }
 
     pub fn config(&self) -> NetConfig {
         let mut config = NetConfig::new(self.folder.path());
         config.name_prefix = self.prefix.to_owned();
-        config.subnet = format!("10.251.{}.0/24", self.subnet).parse().unwrap();
+        config.subnet = self.subnet.parse().unwrap();
         config.max_slots = 60;
         config.ready = 2;
         config
@@ -29,22 +42,20 @@ impl Bed {
 }
 
 /// Runs a program and returns what it printed; panics if it fails.
-pub fn run(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program).args(args).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{program} {args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+pub fn run(line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{line}: {stderr}");
     String::from_utf8(output.stdout).unwrap()
 }
 
 /// Everything on the host that carries a prefix: namespaces, links, tables, mounts.
 pub fn host_objects(prefix: &str) -> Vec<String> {
     let lists = [
-        run("ip", &["netns", "list"]),
-        run("ip", &["-o", "link"]),
-        run("nft", &["list", "tables"]),
+        run("ip netns list"),
+        run("ip -o link"),
+        run("nft list tables"),
         std::fs::read_to_string("/proc/self/mounts").unwrap(),
     ];
     lists
@@ -53,4 +64,162 @@ pub fn host_objects(prefix: &str) -> Vec<String> {
         .filter(|line| line.contains(&format!("{prefix}-")) || line.ends_with(&format!(" {prefix}")))
         .map(str::to_owned)
         .collect()
+}
+
+/// A named namespace that goes with the value.
+pub struct Netns(pub String);
+
+impl Netns {
+    pub fn new(name: &str) -> Self {
+        run(&format!("ip netns add {name}"));
+        Self(name.to_owned())
+    }
+
+    /// Runs `ip` inside.
+    pub fn ip(&self, line: &str) -> String {
+        run(&format!("ip -n {} {line}", self.0))
+    }
+
+    /// Runs `work` on a thread inside.
+    pub fn inside<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        inside(&format!("/run/netns/{}", self.0), work)
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        run(&format!("ip netns del {}", self.0));
+    }
+}
+
+/// Runs `work` on a thread in the namespace at `path`.
+pub fn inside<T: Send + 'static>(path: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let namespace = File::open(path).unwrap();
+    std::thread::spawn(move || {
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+        work()
+    })
+    .join()
+    .unwrap()
+}
+
+/// A guest without a machine: a namespace with a Linux network stack of its own, whose frames a
+/// thread carries to the slot's tap and back, as QEMU would.
+pub struct Guest {
+    pub net: Netns,
+    stop: Arc<AtomicBool>,
+    cable: Option<JoinHandle<()>>,
+}
+
+impl Guest {
+    pub async fn new(name: &str, slot: &Slot) -> Self {
+        let tap = slot.open_tap().await.unwrap();
+        let net = Netns::new(name);
+        let other = net.inside(|| tap::open("eth0"));
+        net.ip("link set lo up");
+        net.ip("link set eth0 address 02:fc:00:00:00:05 up");
+        net.ip("addr add 169.254.0.21/30 dev eth0");
+        net.ip("route add default via 169.254.0.22");
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let cable = std::thread::spawn(move || carry(&tap.into(), &other.into(), &stopped));
+        Self { net, stop, cable: Some(cable) }
+    }
+
+    /// Connects by TCP: how it went, and how long it took.
+    pub fn connect(&self, addr: &str) -> (Result<(), io::ErrorKind>, Duration) {
+        let addr: SocketAddr = addr.parse().unwrap();
+        self.net.inside(move || {
+            let start = Instant::now();
+            let result = TcpStream::connect_timeout(&addr, Duration::from_secs(3));
+            (result.map(drop).map_err(|error| error.kind()), start.elapsed())
+        })
+    }
+
+    /// Sends a datagram and waits for one: what came, or what the kernel said.
+    pub fn ask(&self, addr: &str, message: &[u8]) -> io::Result<Vec<u8>> {
+        let addr: SocketAddr = addr.parse().unwrap();
+        let message = message.to_vec();
+        self.net.inside(move || {
+            let any: IpAddr = if addr.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { "::".parse().unwrap() };
+            let socket = UdpSocket::bind((any, 0))?;
+            socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+            socket.connect(addr)?;
+            socket.send(&message)?;
+            let mut buffer = [0; 2048];
+            let len = socket.recv(&mut buffer)?;
+            Ok(buffer[..len].to_vec())
+        })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(cable) = self.cable.take() {
+            cable.join().unwrap();
+        }
+    }
+}
+
+fn carry(a: &File, b: &File, stop: &AtomicBool) {
+    let mut frame = vec![0; 70_000];
+    while !stop.load(Ordering::Acquire) {
+        let mut fds = [PollFd::new(a, PollFlags::IN), PollFd::new(b, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 10_000_000 })).unwrap();
+        let ready = fds.map(|fd| fd.revents().contains(PollFlags::IN));
+        for (is_ready, mut from, mut to) in [(ready[0], a, b), (ready[1], b, a)] {
+            if is_ready {
+                let len = from.read(&mut frame).unwrap();
+                // The other end may be down; then the frame is lost, as on a real cable.
+                drop(to.write(&frame[..len]));
+            }
+        }
+    }
+}
+
+/// A TCP listener that accepts and forgets, as long as the value lives.
+pub struct Listener {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    pub addr: SocketAddr,
+}
+
+impl Listener {
+    /// On the host.
+    pub fn on(addr: &str) -> Self {
+        Self::start(std::net::TcpListener::bind(addr).unwrap())
+    }
+
+    /// Inside a namespace.
+    pub fn inside(net: &Netns, addr: &str) -> Self {
+        let addr = addr.to_owned();
+        Self::start(net.inside(move || std::net::TcpListener::bind(addr).unwrap()))
+    }
+
+    fn start(listener: std::net::TcpListener) -> Self {
+        let addr = listener.local_addr().unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Acquire) {
+                match listener.accept() {
+                    // Who is asked tells who asks.
+                    Ok((mut stream, from)) => drop(stream.write_all(from.ip().to_string().as_bytes())),
+                    Err(_) => std::thread::sleep(Duration::from_millis(2)),
+                }
+            }
+        });
+        Self { stop, thread: Some(thread), addr }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
 }
