@@ -27,12 +27,13 @@ timings=()
 
 step "Debian packages" scripts/packages.sh run
 step "build" "$MAKE" --no-print-directory build
-# A short way to the binary for the person who reads on.
+# A short way to the binary, for whoever reads on.
 ln -sfn "${WRENN#target/}" target/wrenn
 step "guest image" "${as_root[@]}" "$WRENN" --data-dir "$DATA_DIR" image build minimal
 
 printf '\n'
 printf '    %s\n' "${timings[@]}"
+printf '\nTo call it by name in other terminals: export PATH="%s/target:$PATH"\n' "$PWD"
 printf '\n==> wrenn up\n'
 # From here on Ctrl-C is the server's.
 mode=--hello

@@ -205,6 +205,10 @@ impl HostState {
         for entry in entries.flatten() {
             let path = entry.path();
             let place = path.strip_prefix(data_dir).unwrap_or(&path);
+            // Packages and trees that image builds keep: many, and not a sandbox's.
+            if place == Path::new("images/cache") {
+                continue;
+            }
             let shape: Vec<_> = place
                 .iter()
                 .map(|part| without_ids(&part.to_string_lossy()))
