@@ -20,8 +20,8 @@ for_run=(
 for_test=(
     "python3          runs E2B's published client"
     "python3-venv     gives that client a folder of its own"
+    "qemu-utils       checks our disk images with QEMU's own tools"
     "util-linux       starts Wrenn as an ordinary user, to see it refuse"
-    "procps           shows which processes are left"
 )
 for_proto=(
     "protobuf-compiler  compiles proto/*.proto into the descriptor set"
