@@ -22,6 +22,8 @@ pub struct Settings {
     pub port: u16,
     /// The user of requests that name none, until `/init` names another.
     pub default_user: String,
+    /// Soft and hard limit of open files for programs, where the agent has raised its own.
+    pub child_open_files: Option<(u64, u64)>,
 }
 
 /// What the host has told us, replaced as a whole by each `/init`.

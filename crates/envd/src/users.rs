@@ -64,6 +64,16 @@ pub fn name_of_gid(gid: u32) -> Option<String> {
     Table::current().ok()?.gid_names.get(&gid).cloned()
 }
 
+/// An absolute path for what a client wrote: `~` is the home, and what is relative starts
+/// there.
+pub fn expand_home(path: &Path, home: &Path) -> PathBuf {
+    match path.strip_prefix("~") {
+        Ok(rest) if rest.as_os_str().is_empty() => home.to_owned(),
+        Ok(rest) => home.join(rest),
+        Err(_) => home.join(path),
+    }
+}
+
 /// What tells one version of a file from the next: device, inode, size, mtime, ctime.
 type Stamp = Option<(u64, u64, u64, i64, i64, i64, i64)>;
 

@@ -1,8 +1,15 @@
 //! Accept loop, connections, routes.
 
+pub mod connections;
+mod listen;
+mod routes;
+
 use axum::response::{IntoResponse, Response};
 use connectrpc::ConnectError;
 use http::StatusCode;
+
+pub use self::listen::serve;
+pub use self::routes::{Services, router};
 
 /// An error of a plain HTTP route: `{"code": 401, "message": "…"}`.
 pub fn error_response(status: StatusCode, message: &str) -> Response {

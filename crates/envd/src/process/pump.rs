@@ -1,0 +1,163 @@
+//! From pipes and terminals into the log, and from a program's end to its exit event.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rustix::io::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::output::{Channel, Log};
+use super::table::{Process, Table};
+
+/// What a pipe holds once a program has shown that it writes much.
+const BIG_PIPE: usize = 256 * 1024;
+/// Descendants may hold the pipes open after the program's end. Its own output is all
+/// there by then; theirs is waited for as long as it keeps coming …
+const QUIET: Duration = Duration::from_millis(300);
+/// … but no longer than this.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// A descriptor of ours that does not block.
+pub(super) fn nonblocking(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    crate::sys::async_fd(fd).map_err(|(_, error)| error)
+}
+
+/// Carries output from `source` into the log until its end.
+pub(super) async fn pump(source: Arc<AsyncFd<OwnedFd>>, channel: Channel, log: Arc<Log>) {
+    let max = channel.max_chunk();
+    let mut buffer = Vec::new();
+    let mut grown = channel == Channel::Pty;
+    loop {
+        log.room().await;
+        let Ok(mut ready) = source.ready(Interest::READABLE).await else { return };
+        buffer.reserve_exact(max - buffer.len());
+        let outcome = fill(source.get_ref(), &mut buffer, channel);
+        if buffer.is_empty() {
+            match outcome {
+                Fill::More => {}
+                Fill::Empty => {
+                    ready.clear_ready();
+                    // An idle program costs no buffer.
+                    buffer = Vec::new();
+                }
+                Fill::End => return,
+            }
+            continue;
+        }
+        let full = buffer.len() == max;
+        let data = if buffer.len() >= max / 2 {
+            Bytes::from(std::mem::take(&mut buffer))
+        } else {
+            let data = Bytes::copy_from_slice(&buffer);
+            buffer.clear();
+            data
+        };
+        log.push(channel, data);
+        if full && !grown {
+            grown = true;
+            // Refused where a user has too many big pipes; the small one works too.
+            let _ = rustix::pipe::fcntl_setpipe_size(source.get_ref(), BIG_PIPE);
+        }
+        match outcome {
+            Fill::More => tokio::task::coop::consume_budget().await,
+            Fill::Empty => {
+                ready.clear_ready();
+                buffer = Vec::new();
+            }
+            Fill::End => return,
+        }
+    }
+}
+
+enum Fill {
+    /// There may be more.
+    More,
+    /// Nothing more for now.
+    Empty,
+    End,
+}
+
+/// Reads once from a pipe; from a terminal, whose driver gives a few hundred bytes at a
+/// time, as long as there is something.
+fn fill(fd: &OwnedFd, buffer: &mut Vec<u8>, channel: Channel) -> Fill {
+    loop {
+        match rustix::io::read(fd, rustix::buffer::spare_capacity(buffer)) {
+            Ok(0) => return Fill::End,
+            Ok(_) if channel == Channel::Pty && buffer.len() < buffer.capacity() => {}
+            Ok(_) => return Fill::More,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Fill::Empty,
+            // The other side of a terminal is closed (EIO). Nothing else can happen to a
+            // pipe of ours.
+            Err(_) => return Fill::End,
+        }
+    }
+}
+
+/// Follows a program to its end: reaps it, kills its group at the deadline, lets its
+/// output drain, and marks the end.
+pub(super) async fn supervise(
+    process: Arc<Process>,
+    pidfd: AsyncFd<OwnedFd>,
+    pumps: Vec<JoinHandle<()>>,
+    deadline: Option<Instant>,
+    table: Arc<Table>,
+) {
+    let exit = loop {
+        let due = async {
+            match deadline {
+                Some(at) if !process.timed_out() => tokio::time::sleep_until(at).await,
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            ready = pidfd.readable() => {
+                if let Some(exit) = process.reap(pidfd.get_ref().as_fd()) {
+                    break exit;
+                }
+                if let Ok(mut guard) = ready {
+                    guard.clear_ready();
+                }
+            }
+            () = due => process.kill_for_deadline(),
+        }
+    };
+    drop(pidfd);
+    drain(&process.log, pumps).await;
+    process.close_input().await;
+    // First the table, then the end: who sees the end finds the process gone.
+    table.ended(&process, exit);
+    process.log.finish(exit);
+}
+
+async fn drain(log: &Log, mut pumps: Vec<JoinHandle<()>>) {
+    let mut until = Instant::now() + DRAIN;
+    loop {
+        let (before, _) = log.progress();
+        let all = async {
+            for pump in &mut pumps {
+                if !pump.is_finished() {
+                    // A pump does not panic, and is never aborted.
+                    let _ = pump.await;
+                }
+            }
+        };
+        if tokio::time::timeout(QUIET, all).await.is_ok() {
+            return;
+        }
+        let (after, blocked) = log.progress();
+        if blocked {
+            until = Instant::now() + DRAIN;
+        } else if after == before || Instant::now() >= until {
+            return;
+        }
+    }
+}

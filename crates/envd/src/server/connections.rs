@@ -1,0 +1,193 @@
+//! Connections across a freeze.
+//!
+//! ```text
+//!   accepted (epoch e) ──prepare──▶ closes as soon as it is idle; epoch e+1 begins
+//!                      ──restore──▶ closed at once, if it is of an older epoch
+//! ```
+//!
+//! What is accepted while the guest is prepared may be accepted before the freeze or after
+//! the restore. So it is marked with the identity the machine has at that moment, and a
+//! restore closes it too unless the mark is its own.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+
+/// What a connection is told to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Serve.
+    Serve,
+    /// Finish what is under way, take nothing new.
+    Finish,
+    /// Close now.
+    Close,
+}
+
+/// Names a connection in the requests it carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionId(u64);
+
+#[derive(Debug)]
+struct Tracked {
+    epoch: u64,
+    /// The machine's identity when it was accepted, if that was while prepared.
+    mark: Option<String>,
+    order: watch::Sender<Order>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    next: u64,
+    epoch: u64,
+    prepared: bool,
+    open: HashMap<ConnectionId, Tracked>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Connections {
+    inner: Mutex<Inner>,
+}
+
+impl Connections {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tracks a new connection. `identity` is asked for the machine's identity only while
+    /// the guest is prepared. The flag says whether keep-alive is on.
+    pub fn accepted(self: &Arc<Self>, identity: impl FnOnce() -> Option<String>) -> (Guard, bool) {
+        let prepared = self.lock().prepared;
+        let mark = if prepared { identity() } else { None };
+        let (order, orders) = watch::channel(Order::Serve);
+        let mut inner = self.lock();
+        inner.next += 1;
+        let id = ConnectionId(inner.next);
+        let epoch = inner.epoch;
+        inner.open.insert(id, Tracked { epoch, mark, order });
+        (Guard { id, orders, all: Arc::clone(self) }, !prepared)
+    }
+
+    /// Before a freeze: all connections close when what they carry is done, and new ones
+    /// are of a new epoch, without keep-alive. Again is harmless.
+    pub fn prepare(&self) {
+        let mut inner = self.lock();
+        if !inner.prepared {
+            inner.epoch += 1;
+            inner.prepared = true;
+        }
+        for tracked in inner.open.values() {
+            // Never weakens an order to close.
+            tracked.order.send_if_modified(|order| {
+                let changed = *order == Order::Serve;
+                if changed {
+                    *order = Order::Finish;
+                }
+                changed
+            });
+        }
+    }
+
+    /// The freeze did not come: keep-alive on. Connections that were told to finish do.
+    pub fn undo(&self) {
+        self.lock().prepared = false;
+    }
+
+    /// After a restore: closes what was accepted before it, `carrier` never. `identity` is
+    /// what the machine is now. Again is harmless.
+    pub fn restored(&self, carrier: Option<ConnectionId>, identity: Option<&str>) {
+        let mut inner = self.lock();
+        if !inner.prepared {
+            // Frozen without notice: what came before the carrier may be older than the
+            // restore, and cannot be told apart.
+            let Some(carrier) = carrier else { return };
+            for (id, tracked) in &inner.open {
+                if *id < carrier {
+                    tracked.order.send_replace(Order::Close);
+                }
+            }
+            return;
+        }
+        inner.prepared = false;
+        let epoch = inner.epoch;
+        for (id, tracked) in &inner.open {
+            let newer = tracked.epoch >= epoch && tracked.mark.as_deref() == identity;
+            if Some(*id) != carrier && !newer {
+                tracked.order.send_replace(Order::Close);
+            }
+        }
+    }
+
+    /// How many are open.
+    pub fn count(&self) -> usize {
+        self.lock().open.len()
+    }
+}
+
+/// A tracked connection; forgotten on drop.
+#[derive(Debug)]
+pub struct Guard {
+    /// Its name.
+    pub id: ConnectionId,
+    /// What it is told.
+    pub orders: watch::Receiver<Order>,
+    all: Arc<Connections>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.all.lock().open.remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(guard: &Guard) -> Order {
+        *guard.orders.borrow()
+    }
+
+    #[test]
+    fn g25_a_restore_closes_what_is_older_and_spares_what_is_newer() {
+        let all = Arc::new(Connections::default());
+        let template = || Some("template".to_owned());
+        let clone = || Some("clone".to_owned());
+        let (old, keep_alive) = all.accepted(template);
+        assert!(keep_alive);
+        all.prepare();
+        all.prepare();
+        assert_eq!(order(&old), Order::Finish);
+        let (just_before, keep_alive) = all.accepted(template);
+        assert!(!keep_alive);
+        // Frozen and restored as another machine.
+        let (newer, _) = all.accepted(clone);
+        let (carrier, _) = all.accepted(clone);
+        all.restored(Some(carrier.id), Some("clone"));
+        assert_eq!((order(&old), order(&just_before)), (Order::Close, Order::Close));
+        assert_eq!((order(&newer), order(&carrier)), (Order::Serve, Order::Serve));
+        let (after, keep_alive) = all.accepted(clone);
+        assert!(keep_alive);
+        // Initialised again without a freeze: what came after the restore stays … 
+        drop((old, just_before));
+        let (again, _) = all.accepted(clone);
+        all.prepare();
+        all.undo();
+        assert_eq!(all.count(), 4);
+        drop((newer, carrier, after, again));
+        assert_eq!(all.count(), 0);
+    }
+
+    #[test]
+    fn a_freeze_without_notice_closes_what_came_before_the_carrier() {
+        let all = Arc::new(Connections::default());
+        let (old, _) = all.accepted(|| None);
+        let (carrier, _) = all.accepted(|| None);
+        let (newer, _) = all.accepted(|| None);
+        all.restored(Some(carrier.id), None);
+        assert_eq!(order(&old), Order::Close);
+        assert_eq!((order(&carrier), order(&newer)), (Order::Serve, Order::Serve));
+    }
+}

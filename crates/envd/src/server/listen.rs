@@ -1,0 +1,147 @@
+//! The accept loop: HTTP/1.1 and HTTP/2 (prior knowledge) on one port.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tower::ServiceExt;
+
+use super::connections::{Connections, Guard, Order};
+
+/// Connections at a time; more wait in the kernel's queue.
+const MAX_CONNECTIONS: usize = 16_384;
+/// Idle connections live longer than those of any proxy in front of us, so that never we
+/// are the one to close a connection that is just being used.
+const IDLE: Duration = Duration::from_secs(640);
+/// Pause after an accept error that time may cure (out of descriptors or memory).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Streams on one HTTP/2 connection.
+const MAX_STREAMS: u32 = 1024;
+
+/// Serves `router` until the task is dropped. `identity` tells what machine this is now.
+pub async fn serve(
+    listener: TcpListener,
+    router: axum::Router,
+    connections: Arc<Connections>,
+    identity: impl Fn() -> Option<String> + Clone + Send + 'static,
+) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                let gone = matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset);
+                if !gone {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+                continue;
+            }
+        };
+        // Output comes in pieces that must not wait for each other.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "cannot set TCP_NODELAY");
+        }
+        let (guard, keep_alive) = connections.accepted(&identity);
+        let router = router.clone();
+        tokio::spawn(async move {
+            connection(stream, router, guard, keep_alive).await;
+            drop(slot);
+        });
+    }
+}
+
+async fn connection(stream: TcpStream, router: axum::Router, mut guard: Guard, keep_alive: bool) {
+    let reset = Arc::new(AtomicBool::new(false));
+    let io = TokioIo::new(Socket { stream, reset: Arc::clone(&reset) });
+    let id = guard.id;
+    let service = router.map_request(move |mut request: http::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(id);
+        request.map(axum::body::Body::new)
+    });
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .keep_alive(keep_alive)
+        .header_read_timeout(IDLE)
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS);
+    let serving = builder.serve_connection_with_upgrades(io, TowerToHyperService::new(service));
+    tokio::pin!(serving);
+    loop {
+        tokio::select! {
+            ended = serving.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(error, "connection ended early");
+                }
+                return;
+            }
+            changed = guard.orders.changed() => match (changed, *guard.orders.borrow()) {
+                (Err(_), _) | (_, Order::Serve) => {}
+                (_, Order::Finish) => serving.as_mut().graceful_shutdown(),
+                (_, Order::Close) => {
+                    // The other end is gone, or is not the one it was: nothing that is
+                    // still in our buffers may reach anybody.
+                    reset.store(true, Ordering::Relaxed);
+                    return;
+                }
+            },
+        }
+    }
+}
+
+/// A socket that can be told to close without lingering.
+struct Socket {
+    stream: TcpStream,
+    reset: Arc<AtomicBool>,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if self.reset.load(Ordering::Relaxed)
+            && let Err(error) = self.stream.set_zero_linger()
+        {
+            tracing::debug!(%error, "an old connection lingers");
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
