@@ -1,1 +1,40 @@
-//! host
+//! The host agent: owns the virtual machines of one computer.
+//!
+//! ```text
+//!  HostAgent ── Manager ── one Owner task per sandbox ── Machine (VM + slot + folder + guest client)
+//!     │            ▲                                        ▲
+//!     │            └── rpc: HostService                     │ taken from
+//!     ├── TemplateStore: images booted once, warmed, frozen │
+//!     └── Pool: machines restored, warmed and stopped ──────┘
+//! ```
+//!
+//! The life of a sandbox, as its owner sees it:
+//!
+//! ```text
+//!  create ─▶ Starting ──▶ Running ──▶ Stopping ─▶ Stopped   by request, or its time was over
+//!                │            └───────────────▶ Error      its machine died
+//!                └────────────────────────────▶ Error      it could not be started
+//! ```
+//!
+//! A machine's life hangs on no request and not on this process either: QEMU runs under a
+//! keeper in its own session, and [`HostAgent::start`] adopts what an earlier agent left.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod activity;
+mod agent;
+mod capacity;
+mod config;
+mod guest;
+mod lifetime;
+mod machine;
+mod pool;
+mod rpc;
+mod sandbox;
+mod template;
+
+pub use activity::InUse;
+pub use agent::{AgentError, HostAgent, InProcessHost};
+pub use config::HostConfig;
+pub use machine::{SweepError, SweepReport, sweep};
+pub use sandbox::{DialFailure, SandboxError};
+pub use template::TemplateError;

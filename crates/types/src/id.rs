@@ -8,7 +8,9 @@ use uuid::Uuid;
 
 /// Why a text is not an id of the kind that was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{given}` is not a {kind} id: expected `{prefix}-` and a UUID, such as `{prefix}-0192f0c8-6a3e-7c3a-9d1e-5b8f3c2a1d00`")]
+#[error(
+    "`{given}` is not a {kind} id: expected `{prefix}-` and a UUID, such as `{prefix}-0192f0c8-6a3e-7c3a-9d1e-5b8f3c2a1d00`"
+)]
 pub struct IdError {
     kind: &'static str,
     prefix: &'static str,

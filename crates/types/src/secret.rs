@@ -123,7 +123,13 @@ mod tests {
         let native: ApiKey = key.reveal().parse().expect("our own form");
         let e2b: ApiKey = key.reveal_e2b().parse().expect("E2B's form");
         assert_eq!(native.hash(), e2b.hash());
-        for wrong in ["", "wrn_", "wrn_zz", &key.reveal()[..20], &key.reveal().to_uppercase()] {
+        for wrong in [
+            "",
+            "wrn_",
+            "wrn_zz",
+            &key.reveal()[..20],
+            &key.reveal().to_uppercase(),
+        ] {
             assert_eq!(wrong.parse::<ApiKey>(), Err(SecretError::ApiKey));
         }
     }

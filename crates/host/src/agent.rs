@@ -1,0 +1,259 @@
+//! The agent as a whole: start, adopt, serve, stop.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use wrenn_image::ImageStore;
+use wrenn_net::{NetConfig, NetError, SlotPool};
+use wrenn_types::SandboxId;
+use wrenn_vmm::{Launcher, QemuConfig, QemuVmm, Vmm, VmmError};
+use wrenn_wire::wrenn::host::v1::HostServiceExt;
+
+use crate::activity::InUse;
+use crate::config::HostConfig;
+use crate::guest::chain;
+use crate::machine::{MachineError, Site, machine_folders};
+use crate::pool::Pool;
+use crate::rpc::HostRpc;
+use crate::sandbox::{Common, DialFailure, Manager};
+use crate::template::{TemplateError, TemplateStore};
+
+/// Restores under way at the same time, for each processor of the host.
+const RESTORES_PER_CPU: usize = 2;
+/// Network slots held ready beyond those of waiting machines.
+const SPARE_SLOTS: usize = 4;
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// VMs, namespaces and taps need root.
+    #[error("running sandboxes needs root: try `sudo wrenn up`")]
+    NotRoot,
+    /// Another agent has this data folder.
+    #[error(
+        "another wrenn runs on {data_dir}: end it with `wrenn down`, or use another --data-dir"
+    )]
+    Occupied {
+        /// The data folder.
+        data_dir: PathBuf,
+    },
+    /// The data folder cannot be used.
+    #[error("cannot use {path} as data folder: {source}")]
+    DataDir {
+        /// What could not be made or opened.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Looking at the host was cut short.
+    #[error("the probe of this host did not finish")]
+    Probe(#[source] tokio::task::JoinError),
+    /// No VMM.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// No network.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The images cannot be opened.
+    #[error("cannot open the images: {0}")]
+    Images(#[from] wrenn_image::ImageError),
+    /// What an earlier agent left cannot be looked at.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The default template cannot be had.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+}
+
+/// What the agent is made of.
+pub struct Parts {
+    pub(crate) config: HostConfig,
+    pub(crate) site: Arc<Site>,
+    pub(crate) templates: Arc<TemplateStore>,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) manager: Manager,
+}
+
+/// Holds the data folder for this process.
+pub(crate) struct DataDirLock(#[allow(dead_code, reason = "held, not read")] File);
+
+/// Makes the data folder where it is missing and takes it for this process.
+pub(crate) fn lock_data_dir(config: &HostConfig) -> Result<DataDirLock, AgentError> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(AgentError::NotRoot);
+    }
+    let fail = |path: PathBuf| move |source| AgentError::DataDir { path, source };
+    let dirs = [
+        config.data_dir.clone(),
+        config.images_dir(),
+        config.templates_dir(),
+        config.machines_dir(),
+        config.network_dir(),
+    ];
+    for dir in dirs {
+        // Passable for the VMs' users, whose own folders lie below.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(&dir)
+            .map_err(fail(dir.clone()))?;
+    }
+    let path = config.data_dir.join("agent.lock");
+    let file = File::create(&path).map_err(fail(path.clone()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(DataDirLock(file)),
+        Err(std::fs::TryLockError::WouldBlock) => Err(AgentError::Occupied {
+            data_dir: config.data_dir.clone(),
+        }),
+        Err(std::fs::TryLockError::Error(source)) => Err(fail(path)(source)),
+    }
+}
+
+/// The driver and the network of this host.
+pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
+    let (program, args) = config.keeper.clone();
+    let launcher = Launcher {
+        program,
+        args: args.into_iter().map(Into::into).collect(),
+    };
+    let (data_dir, asked) = (config.data_dir.clone(), config.accelerator);
+    let probed = tokio::task::spawn_blocking(move || {
+        let report = wrenn_vmm::probe::host(Some(&data_dir))?;
+        let choice = wrenn_vmm::probe::choose(&report, asked)?;
+        QemuConfig::from_report(&report, choice, launcher)
+    });
+    let vmm = QemuVmm::new(probed.await.map_err(AgentError::Probe)??);
+    let info = vmm.info();
+    tracing::info!(version = info.version, accelerator = %info.accelerator, why = info.why, "qemu");
+    let mut net = NetConfig::new(config.network_dir());
+    net.name_prefix = config.network_prefix.clone();
+    net.subnet = config.subnet.parse()?;
+    net.ready = SPARE_SLOTS;
+    let slots = SlotPool::start(net).await?;
+    Ok(Site {
+        config,
+        vmm: Arc::new(vmm),
+        slots,
+    })
+}
+
+/// The agent of this host.
+pub struct HostAgent {
+    parts: Arc<Parts>,
+    filler: JoinHandle<()>,
+    _lock: DataDirLock,
+}
+
+impl HostAgent {
+    /// Starts the agent: takes the data folder, adopts machines that an earlier agent left
+    /// running, sweeps what is dead, and begins to fill the pool.
+    pub async fn start(config: HostConfig) -> Result<HostAgent, AgentError> {
+        let lock = lock_data_dir(&config)?;
+        let images = ImageStore::open(config.images_dir())?;
+        let templates = Arc::new(TemplateStore::open(config.templates_dir(), images));
+        let site = Arc::new(build_site(config.clone()).await?);
+        let pool = Pool::new(site.clone(), templates.clone());
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let manager = Manager::new(Arc::new(Common {
+            site: site.clone(),
+            templates: templates.clone(),
+            pool: pool.clone(),
+            restores: tokio::sync::Semaphore::new(cpus * RESTORES_PER_CPU),
+        }));
+        let mut in_use = HashSet::new();
+        for folder in machine_folders(&config.machines_dir())? {
+            match manager.adopt(folder.clone()).await {
+                Ok(slot) => in_use.extend(slot),
+                // One that cannot be read must not keep the others from running on.
+                Err(error) => {
+                    tracing::error!(folder = %folder.display(), error = %chain(&error), "not adopted");
+                }
+            }
+        }
+        let swept = site.slots.sweep(&in_use).await?;
+        if !swept.removed.is_empty() {
+            tracing::info!(slots = ?swept.removed, "swept");
+        }
+        for (slot, error) in &swept.failed {
+            tracing::warn!(slot, error = %chain(error), "a network slot that nobody uses stays");
+        }
+        let filler = pool.keep_filled(config.default_template.clone(), config.pool_size);
+        let parts = Arc::new(Parts {
+            config,
+            site,
+            templates,
+            pool,
+            manager,
+        });
+        Ok(HostAgent {
+            parts,
+            filler,
+            _lock: lock,
+        })
+    }
+
+    /// Has the default template ready, booting and freezing it first where it must be.
+    pub async fn prepare(&self) -> Result<(), AgentError> {
+        let parts = &self.parts;
+        parts
+            .templates
+            .get(&parts.site, &parts.config.default_template, None)
+            .await?;
+        Ok(())
+    }
+
+    /// The RPC service, to be called in this process or served to a control plane.
+    pub fn router(&self) -> connectrpc::Router {
+        Arc::new(HostRpc::new(self.parts.clone())).register(connectrpc::Router::new())
+    }
+
+    /// Opens connections to ports of sandboxes, for the proxy.
+    pub fn dialer(&self) -> InProcessHost {
+        InProcessHost(self.parts.clone())
+    }
+
+    /// Sandboxes that are alive.
+    pub fn alive(&self) -> Vec<SandboxId> {
+        let handles = self.parts.manager.list();
+        handles
+            .iter()
+            .filter(|h| !h.view().state.is_final())
+            .map(|h| h.id)
+            .collect()
+    }
+
+    /// Ends the agent. Machines that wait are ended; sandboxes live on for the next agent,
+    /// or are ended with `destroy`.
+    pub async fn shutdown(self, destroy: bool) {
+        self.parts.manager.close();
+        self.filler.abort();
+        // An aborted fill may have held a machine that nobody knows; the next start sweeps it.
+        let _ = self.filler.await;
+        if destroy {
+            self.parts.manager.destroy_all().await;
+        }
+        self.parts.pool.drain().await;
+        self.parts.site.slots.shutdown().await;
+    }
+}
+
+/// The way into sandboxes for whoever lives in the agent's process.
+#[derive(Clone)]
+pub struct InProcessHost(Arc<Parts>);
+
+impl InProcessHost {
+    /// Opens a connection to a port of a running sandbox; the guard counts as use.
+    pub async fn dial(
+        &self,
+        sandbox: SandboxId,
+        port: u16,
+    ) -> Result<(TcpStream, InUse), DialFailure> {
+        self.0.manager.dial(sandbox, port).await
+    }
+}

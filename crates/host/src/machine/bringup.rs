@@ -1,0 +1,307 @@
+//! Bringing a machine up: slot, folder, disk, VM. Whatever fails, the steps before it are
+//! given back.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+use sha2::{Digest, Sha512};
+use wrenn_image::Image;
+use wrenn_net::Slot;
+use wrenn_types::{AccessToken, Shape};
+use wrenn_vmm::{
+    BootFiles, BootSpec, DiskChain, IDENTITY_BYTES, Machine, MachineSpec, MemoryFile, RestoreSpec,
+    VmmError, create_overlay,
+};
+
+use super::{
+    LiveMachine, MachineError, Phases, RECORD, RECORD_VERSION, Record, Site, files, write_json,
+};
+use crate::guest::Guest;
+use crate::template::LoadedTemplate;
+
+/// The same in every guest, so that any snapshot runs in any slot.
+const GUEST_MAC: [u8; 6] = [0x02, 0xFC, 0x00, 0x00, 0x00, 0x05];
+
+/// What a machine's guest agent learns from its own `fw_cfg` entry: who may call its
+/// restore hook, and that this is another restore than any before.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct RestoreChannel<'a> {
+    #[serde(rename = "restoreID")]
+    restore_id: &'a str,
+    #[serde(rename = "instanceID")]
+    instance_id: &'a str,
+    #[serde(rename = "envID")]
+    env_id: &'a str,
+    access_token_hash: String,
+}
+
+/// 128 random bits in hexadecimal.
+pub fn new_restore_id() -> Result<String, MachineError> {
+    // The first half of a token; both are random bits in hexadecimal.
+    Ok(AccessToken::generate()?.reveal()[..32].to_owned())
+}
+
+fn restore_channel(
+    restore_id: &str,
+    env_id: &str,
+    host_token: &AccessToken,
+) -> Result<Box<[u8; IDENTITY_BYTES]>, MachineError> {
+    let json = serde_json::to_vec(&RestoreChannel {
+        restore_id,
+        instance_id: "",
+        env_id,
+        access_token_hash: hex::encode(Sha512::digest(host_token.reveal().as_bytes())),
+    });
+    let fail = |source| MachineError::File {
+        action: "write the restore channel of",
+        path: PathBuf::from(env_id),
+        source,
+    };
+    let json = json.map_err(|e| fail(e.into()))?;
+    let mut channel = Box::new([0u8; IDENTITY_BYTES]);
+    channel
+        .get_mut(..json.len())
+        .ok_or_else(|| fail(std::io::Error::other("the template's name is too long")))?
+        .copy_from_slice(&json);
+    Ok(channel)
+}
+
+/// What is common to booting and restoring, before there is a VM.
+struct Ground {
+    slot: Slot,
+    folder: PathBuf,
+    uid: u32,
+}
+
+impl Ground {
+    async fn take(site: &Site) -> Result<Ground, MachineError> {
+        let slot = site.slots.take().await?;
+        let uid = site.config.first_uid + slot.index();
+        match files::new_folder(&site.config.machines_dir(), uid) {
+            Ok(folder) => Ok(Ground { slot, folder, uid }),
+            Err(error) => {
+                site.slots.give_back(slot).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn give_back(self, site: &Site) {
+        if let Err(error) = files::remove_folder(&self.folder).await {
+            tracing::error!(%error, "the folder of a machine that did not start stays");
+        }
+        site.slots.give_back(self.slot).await;
+    }
+
+    async fn spec(
+        &self,
+        shape: Shape,
+        boot: BootFiles,
+        disk: DiskChain,
+        identity: Box<[u8; IDENTITY_BYTES]>,
+    ) -> Result<MachineSpec, MachineError> {
+        let dns = self.slot.dns_sockets().await?;
+        Ok(MachineSpec {
+            dir: files::vm_folder(&self.folder),
+            uid: self.uid,
+            gid: self.uid,
+            shape,
+            boot,
+            disk,
+            tap: Some(self.slot.open_tap().await?),
+            mac: GUEST_MAC,
+            identity,
+            companions: vec![dns.udp, dns.tcp],
+        })
+    }
+}
+
+/// Where the disk of a machine lies that writes into `folder`.
+fn own_disk(folder: &Path) -> PathBuf {
+    folder.join("disk.qcow2")
+}
+
+fn make_overlay(path: &Path, size: u64) -> Result<(), MachineError> {
+    create_overlay(path, size).map_err(|source| MachineError::File {
+        action: "make the disk",
+        path: path.to_owned(),
+        source: std::io::Error::other(source),
+    })
+}
+
+/// Restores a machine of this template in a slot of its own. It is loaded and stopped;
+/// the id of the restore that its guest agent waits for is returned with it.
+pub async fn restore(
+    site: &Site,
+    template: &Arc<LoadedTemplate>,
+    phases: &mut Phases,
+) -> Result<(LiveMachine, String), MachineError> {
+    let mut clock = Instant::now();
+    let ground = Ground::take(site).await?;
+    phases.note("slot", &mut clock);
+    let manifest = &template.manifest;
+    let inner = async {
+        let host_token = AccessToken::generate()?;
+        let restore_id = new_restore_id()?;
+        let channel = restore_channel(&restore_id, &manifest.name, &host_token)?;
+        let top = own_disk(&ground.folder);
+        make_overlay(&top, manifest.disk_bytes)?;
+        let disk = DiskChain {
+            base: template.image.rootfs(),
+            layers: vec![template.disk()],
+            top,
+        };
+        let record = Record {
+            version: RECORD_VERSION,
+            slot: ground.slot.index(),
+            template_digest: template.digest.clone(),
+            shape: manifest.shape,
+            disk_mib: manifest.disk_bytes >> 20,
+            envd_version: manifest.envd_version.clone(),
+            generation: 1,
+            host_token: host_token.reveal().to_owned(),
+        };
+        write_json(&ground.folder, RECORD, &record).map_err(|source| MachineError::File {
+            action: "write",
+            path: ground.folder.join(RECORD),
+            source,
+        })?;
+        let state = File::open(template.state()).map_err(|source| MachineError::File {
+            action: "open",
+            path: template.state(),
+            source,
+        })?;
+        let boot = boot_files(&template.image, manifest.tsc_khz);
+        let machine = ground.spec(manifest.shape, boot, disk, channel).await?;
+        phases.note("prepare", &mut clock);
+        let memory = template.memory.clone();
+        let vm = site
+            .vmm
+            .restore(RestoreSpec {
+                machine,
+                memory,
+                state,
+            })
+            .await?;
+        phases.note("restore", &mut clock);
+        Ok((vm, record, restore_id))
+    };
+    match inner.await {
+        Ok((vm, record, restore_id)) => {
+            let guest = Guest::new(ground.slot.guest());
+            let Ground { slot, folder, .. } = ground;
+            Ok((
+                LiveMachine {
+                    vm,
+                    slot,
+                    guest,
+                    folder,
+                    record,
+                },
+                restore_id,
+            ))
+        }
+        Err(error) => {
+            ground.give_back(site).await;
+            Err(error)
+        }
+    }
+}
+
+fn boot_files(image: &Image, tsc_khz: u32) -> BootFiles {
+    BootFiles {
+        kernel: image.vmlinuz(),
+        initramfs: image.initramfs(),
+        cmdline: wrenn_image::kernel_command_line(tsc_khz),
+    }
+}
+
+/// Size of the guest's disk: that of the image's root file system.
+pub fn disk_bytes(image: &Image) -> u64 {
+    image
+        .manifest
+        .files
+        .get("rootfs.ext4")
+        .map_or(0, |file| file.size)
+}
+
+/// A machine that was booted to become a template: its disk and memory will be kept.
+pub struct BootedMachine {
+    /// The VM.
+    pub vm: Arc<dyn Machine>,
+    /// Its guest agent.
+    pub guest: Guest,
+    /// Authorises the host towards it.
+    pub host_token: AccessToken,
+    /// The restore id its guest agent waits for.
+    pub restore_id: String,
+    /// Its memory, shared with QEMU until it is sealed.
+    pub memory: Arc<MemoryFile>,
+    ground: Ground,
+}
+
+impl BootedMachine {
+    /// Ends the VM and gives everything back but memory and disk, which belong to the
+    /// template that is being made.
+    pub async fn give_back(self, site: &Site) -> Result<Arc<MemoryFile>, MachineError> {
+        let killed = self.vm.kill().await;
+        drop(self.vm);
+        self.ground.give_back(site).await;
+        killed?;
+        Ok(self.memory)
+    }
+}
+
+/// Boots `image` with an empty layer over its root file system at `disk`.
+pub async fn boot_for_template(
+    site: &Site,
+    image: &Image,
+    name: &str,
+    shape: Shape,
+    disk: &Path,
+) -> Result<BootedMachine, MachineError> {
+    let ground = Ground::take(site).await?;
+    let inner = async {
+        let host_token = AccessToken::generate()?;
+        let restore_id = new_restore_id()?;
+        let channel = restore_channel(&restore_id, name, &host_token)?;
+        make_overlay(disk, disk_bytes(image))?;
+        let chain = DiskChain {
+            base: image.rootfs(),
+            layers: Vec::new(),
+            top: disk.to_owned(),
+        };
+        let boot = boot_files(image, site.vmm.info().fingerprint.tsc_khz);
+        let machine = ground.spec(shape, boot, chain, channel).await?;
+        let memory = Arc::new(MemoryFile::create(shape.memory.bytes()).map_err(VmmError::from)?);
+        let vm = site
+            .vmm
+            .boot(BootSpec {
+                machine,
+                memory: memory.clone(),
+            })
+            .await?;
+        Ok((vm, host_token, restore_id, memory))
+    };
+    match inner.await {
+        Ok((vm, host_token, restore_id, memory)) => {
+            let guest = Guest::new(ground.slot.guest());
+            Ok(BootedMachine {
+                vm,
+                guest,
+                host_token,
+                restore_id,
+                memory,
+                ground,
+            })
+        }
+        Err(error) => {
+            ground.give_back(site).await;
+            Err(error)
+        }
+    }
+}

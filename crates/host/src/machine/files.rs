@@ -1,0 +1,87 @@
+//! The folder of a machine.
+//!
+//! ```text
+//! machines/m-…/          root, 0711: the VM's user may pass, not look
+//!     record.json        root, 0600: slot, template, host token
+//!     sandbox.json       root, 0600: the sandbox's journal
+//!     disk.qcow2         root, 0600: passed to QEMU as a descriptor
+//!     vm/                the VM's user, 0700: QMP socket, console, exit status
+//! ```
+
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::MachineError;
+
+/// The part of a machine's folder that belongs to its VM.
+pub fn vm_folder(folder: &Path) -> PathBuf {
+    folder.join("vm")
+}
+
+/// Makes a new folder for a machine below `machines`, with the VM's part owned by `uid`.
+pub fn new_folder(machines: &Path, uid: u32) -> Result<PathBuf, MachineError> {
+    let mut random = [0u8; 8];
+    let name = getrandom::fill(&mut random).map(|()| format!("m-{}", hex::encode(random)));
+    let name = name.map_err(|e| MachineError::File {
+        action: "name a folder in",
+        path: machines.to_owned(),
+        source: io::Error::other(e.to_string()),
+    })?;
+    let folder = machines.join(name);
+    let make = || -> io::Result<()> {
+        std::fs::DirBuilder::new().mode(0o711).create(&folder)?;
+        // The umask may have taken the passage away.
+        std::fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
+        let vm = vm_folder(&folder);
+        std::fs::DirBuilder::new().mode(0o700).create(&vm)?;
+        std::os::unix::fs::chown(&vm, Some(uid), Some(uid))
+    };
+    make().map_err(|source| MachineError::File {
+        action: "make",
+        path: folder.clone(),
+        source,
+    })?;
+    Ok(folder)
+}
+
+/// Removes a machine's folder; it is no error when it is gone.
+pub async fn remove_folder(folder: &Path) -> Result<(), MachineError> {
+    match tokio::fs::remove_dir_all(folder).await {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(MachineError::File {
+            action: "remove",
+            path: folder.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Replaces `folder/name` by `value` as JSON, in one step, readable by its owner only.
+pub fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> io::Result<()> {
+    let text = serde_json::to_vec_pretty(value)?;
+    let temporary = folder.join(format!(".{name}.new"));
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
+    file.write_all(&text)?;
+    std::fs::rename(&temporary, folder.join(name))
+}
+
+/// Reads `folder/name`; `None` when there is no such file. Damage is an error that names it.
+pub fn read_json<T: DeserializeOwned>(folder: &Path, name: &str) -> io::Result<Option<T>> {
+    let path = folder.join(name);
+    match std::fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|e| io::Error::other(format!("{} is damaged: {e}", path.display()))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}

@@ -1,0 +1,165 @@
+//! A machine on this host: a VM, its network slot, its folder and the client of its guest
+//! agent, brought up together and given back together.
+
+mod bringup;
+mod files;
+mod sweep;
+
+pub use bringup::{BootedMachine, boot_for_template, disk_bytes, new_restore_id, restore};
+pub use files::{read_json, remove_folder, write_json};
+pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use wrenn_net::{NetError, Slot, SlotPool};
+use wrenn_types::{AccessToken, SecretError, Shape};
+use wrenn_vmm::{Machine, Vmm, VmmError};
+
+use crate::config::HostConfig;
+use crate::guest::{Guest, GuestError};
+
+/// What all machines of this host share.
+pub struct Site {
+    /// The operator's settings.
+    pub config: HostConfig,
+    /// The driver that runs VMs here.
+    pub vmm: Arc<dyn Vmm>,
+    /// Where their networks come from.
+    pub slots: SlotPool,
+}
+
+/// Why a machine cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// No network slot.
+    #[error("no network slot for the machine: {0}")]
+    Net(#[from] NetError),
+    /// The VMM failed.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// The guest agent failed.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// No secrets could be made.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// A file of the machine could not be handled.
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Where the time of a bring-up went, in order.
+#[derive(Debug, Default, Clone)]
+pub struct Phases(pub Vec<(&'static str, Duration)>);
+
+impl Phases {
+    /// Notes the time since `*since` under `name`, and starts the next phase.
+    pub fn note(&mut self, name: &'static str, since: &mut Instant) {
+        let now = Instant::now();
+        self.0.push((name, now - *since));
+        *since = now;
+    }
+}
+
+/// What the agent must know of a machine to take it over; `record.json` in its folder.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    version: u32,
+    /// Its network slot.
+    pub slot: u32,
+    /// Digest of the template it was restored from.
+    pub template_digest: String,
+    /// Processors and memory.
+    pub shape: Shape,
+    /// Size of its disk in MiB.
+    pub disk_mib: u64,
+    /// The guest agent's version as E2B's clients read it.
+    pub envd_version: String,
+    /// How often its line of memory was restored.
+    pub generation: u64,
+    /// Authorises the host towards its guest agent.
+    host_token: String,
+}
+
+const RECORD: &str = "record.json";
+const RECORD_VERSION: u32 = 1;
+
+impl Record {
+    fn host_token(&self) -> AccessToken {
+        AccessToken::from_kept(self.host_token.clone())
+    }
+}
+
+/// A machine that is up, running or stopped.
+pub struct LiveMachine {
+    /// Its VM.
+    pub vm: Arc<dyn Machine>,
+    /// Its network.
+    pub slot: Slot,
+    /// Its guest agent.
+    pub guest: Guest,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What is written in that folder about it.
+    pub record: Record,
+}
+
+impl LiveMachine {
+    /// The token that lets the host call the restore hook.
+    pub fn host_token(&self) -> AccessToken {
+        self.record.host_token()
+    }
+
+    /// Ends the VM and gives everything back. Goes on after a failure, so that one thing
+    /// that sticks does not keep the rest; what stuck is logged, and swept at the next
+    /// start.
+    pub async fn give_back(self, site: &Site) {
+        let LiveMachine {
+            vm, slot, folder, ..
+        } = self;
+        if let Err(error) = vm.kill().await {
+            tracing::error!(folder = %folder.display(), %error, "the VM could not be ended");
+        }
+        drop(vm);
+        if let Err(error) = files::remove_folder(&folder).await {
+            tracing::error!(%error, "the machine's folder stays");
+        }
+        site.slots.give_back(slot).await;
+    }
+
+    /// Takes over the machine of an earlier agent; `None` when its VM is dead.
+    pub async fn adopt(site: &Site, folder: PathBuf) -> Result<Option<Self>, MachineError> {
+        let record: Option<Record> =
+            read_json(&folder, RECORD).map_err(|source| MachineError::File {
+                action: "read",
+                path: folder.join(RECORD),
+                source,
+            })?;
+        let Some(record) = record.filter(|record| record.version == RECORD_VERSION) else {
+            return Ok(None);
+        };
+        let Some(vm) = site.vmm.adopt(&files::vm_folder(&folder)).await? else {
+            return Ok(None);
+        };
+        let slot = site.slots.adopt(record.slot).await?;
+        let guest = Guest::new(slot.guest());
+        Ok(Some(LiveMachine {
+            vm,
+            slot,
+            guest,
+            folder,
+            record,
+        }))
+    }
+}

@@ -1,0 +1,149 @@
+//! Machines that wait: restored from the default template, warmed by running what a first
+//! command runs, and stopped. Giving one out costs a resume and a run of the restore hook.
+//!
+//! Why warm: under emulation a fresh restore translates every instruction anew, and
+//! `bash -l -c true` takes 215 ms instead of some tens.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use crate::guest::Identity;
+use crate::machine::{LiveMachine, MachineError, Phases, Site, restore};
+use crate::template::{LoadedTemplate, TemplateStore, warm};
+
+/// How long a restored machine may take until its guest agent has run the hook.
+const INIT_PATIENCE: Duration = Duration::from_secs(20);
+/// After a failed attempt to make one, the pool waits so long.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+
+/// Waiting machines of one template.
+pub struct Pool {
+    site: Arc<Site>,
+    templates: Arc<TemplateStore>,
+    waiting: Mutex<VecDeque<LiveMachine>>,
+    /// Poked whenever one was taken.
+    wanted: Notify,
+    /// Creates under way that found the pool empty; while there are any, the processor is
+    /// theirs and the pool makes none.
+    busy: Arc<tokio::sync::RwLock<()>>,
+}
+
+impl Pool {
+    /// An empty pool; [`Pool::keep_filled`] fills it.
+    pub fn new(site: Arc<Site>, templates: Arc<TemplateStore>) -> Arc<Self> {
+        Arc::new(Pool {
+            site,
+            templates,
+            waiting: Mutex::default(),
+            wanted: Notify::new(),
+            busy: Arc::default(),
+        })
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, VecDeque<LiveMachine>> {
+        // The queue is whole whatever its last user did.
+        self.waiting.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// How many wait.
+    pub fn ready(&self) -> usize {
+        self.waiting().len()
+    }
+
+    /// A waiting machine of this template, if there is one that lives.
+    pub async fn take(&self, template: &LoadedTemplate) -> Option<LiveMachine> {
+        loop {
+            let machine = {
+                let mut waiting = self.waiting();
+                let fits = |m: &LiveMachine| m.record.template_digest == template.digest;
+                let at = waiting.iter().position(fits)?;
+                waiting.remove(at)?
+            };
+            self.wanted.notify_one();
+            if machine.vm.exited().borrow().is_none() {
+                return Some(machine);
+            }
+            tracing::warn!(folder = %machine.folder.display(), "a waiting machine had died");
+            machine.give_back(&self.site).await;
+        }
+    }
+
+    /// Held while a machine is restored for somebody who waits: the pool pauses.
+    pub async fn pause(&self) -> tokio::sync::OwnedRwLockReadGuard<()> {
+        self.busy.clone().read_owned().await
+    }
+
+    /// Keeps `size` machines of `template` ready until it is aborted.
+    pub fn keep_filled(self: &Arc<Self>, template: String, size: usize) -> JoinHandle<()> {
+        let pool = self.clone();
+        tokio::spawn(async move {
+            loop {
+                if pool.ready() >= size {
+                    pool.wanted.notified().await;
+                    continue;
+                }
+                // Waits for creates under way, and does not hold up later ones.
+                drop(pool.busy.write().await);
+                let made = match pool.templates.get(&pool.site, &template, None).await {
+                    Ok(loaded) => pool.make(&loaded).await.map_err(|e| e.to_string()),
+                    Err(error) => Err(error.to_string()),
+                };
+                match made {
+                    Ok(machine) => pool.waiting().push_back(machine),
+                    Err(error) => {
+                        tracing::warn!(%error, "the pool could not make a machine");
+                        tokio::time::sleep(RETRY_PAUSE).await;
+                    }
+                }
+            }
+        })
+    }
+
+    async fn make(&self, template: &Arc<LoadedTemplate>) -> Result<LiveMachine, MachineError> {
+        let started = Instant::now();
+        let mut phases = Phases::default();
+        let (machine, restore_id) = restore(&self.site, template, &mut phases).await?;
+        let prepare = async {
+            machine.vm.resume().await?;
+            let token = machine.host_token();
+            let identity = Identity {
+                restore_id: &restore_id,
+                generation: machine.record.generation,
+                access_token: Some(token.reveal()),
+                env_vars: &BTreeMap::new(),
+                sandbox_id: "",
+                template_id: &template.manifest.name,
+                hostname: "wrenn",
+                default_user: "user",
+            };
+            let patience = self.site.vmm.info().deadline(INIT_PATIENCE);
+            machine.guest.init(&identity, &token, patience).await?;
+            machine.guest.set_token(Some(token));
+            warm(&machine.guest).await?;
+            machine.vm.stop().await?;
+            Ok::<(), MachineError>(())
+        };
+        match prepare.await {
+            Ok(()) => {
+                tracing::debug!(took_ms = started.elapsed().as_millis(), "a machine waits");
+                Ok(machine)
+            }
+            Err(error) => {
+                machine.give_back(&self.site).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends all waiting machines.
+    pub async fn drain(&self) {
+        let machines: Vec<_> = self.waiting().drain(..).collect();
+        for machine in machines {
+            machine.give_back(&self.site).await;
+        }
+    }
+}

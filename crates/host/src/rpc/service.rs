@@ -1,0 +1,145 @@
+//! The service trait, method by method, to the file of its noun.
+
+#![allow(
+    refining_impl_trait,
+    reason = "answers own what they hold, which the trait leaves open"
+)]
+
+use std::sync::Arc;
+
+use connectrpc::{
+    ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest,
+    ServiceResult, ServiceStream,
+};
+use wrenn_wire::wrenn::host::v1::*;
+
+use crate::agent::Parts;
+
+/// The service over the agent's parts.
+#[derive(Clone)]
+pub struct HostRpc(pub(super) Arc<Parts>);
+
+impl HostRpc {
+    /// A service over these parts.
+    pub fn new(parts: Arc<Parts>) -> Self {
+        HostRpc(parts)
+    }
+}
+
+fn answer<T>(result: Result<T, ConnectError>) -> ServiceResult<T> {
+    result.map(Response::new)
+}
+
+impl HostService for HostRpc {
+    async fn get_info(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, GetInfoRequest>,
+    ) -> ServiceResult<impl Encodable<GetInfoResponse> + Send + use<>> {
+        answer(self.info().await)
+    }
+
+    async fn create_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, CreateSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<CreateSandboxResponse> + Send + use<>> {
+        answer(self.create(request.to_owned_message()).await)
+    }
+
+    async fn destroy_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, DestroySandboxRequest>,
+    ) -> ServiceResult<impl Encodable<DestroySandboxResponse> + Send + use<>> {
+        answer(self.destroy(request.sandbox_id).await)
+    }
+
+    async fn get_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, GetSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<GetSandboxResponse> + Send + use<>> {
+        answer(self.get(request.sandbox_id))
+    }
+
+    async fn list_sandboxes(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListSandboxesRequest>,
+    ) -> ServiceResult<impl Encodable<ListSandboxesResponse> + Send + use<>> {
+        Response::ok(self.list())
+    }
+
+    async fn set_lifetime(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SetLifetimeRequest>,
+    ) -> ServiceResult<impl Encodable<SetLifetimeResponse> + Send + use<>> {
+        answer(self.lifetime(request.to_owned_message()).await)
+    }
+
+    async fn exec(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ExecRequest>,
+    ) -> ServiceResult<impl Encodable<ExecResponse> + Send + use<>> {
+        answer(self.exec_to_end(request.to_owned_message()).await)
+    }
+
+    async fn exec_stream(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ExecStreamRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ProcessOutput> + Send + use<>>> {
+        answer(self.exec_following(request.to_owned_message()).await)
+    }
+
+    async fn attach(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, AttachRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ProcessOutput> + Send + use<>>> {
+        answer(self.attach_to(request.to_owned_message()).await)
+    }
+
+    async fn send_input(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SendInputRequest>,
+    ) -> ServiceResult<impl Encodable<SendInputResponse> + Send + use<>> {
+        answer(self.input(request.to_owned_message()).await)
+    }
+
+    async fn list_processes(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ListProcessesRequest>,
+    ) -> ServiceResult<impl Encodable<ListProcessesResponse> + Send + use<>> {
+        answer(self.processes(request.sandbox_id).await)
+    }
+
+    async fn read_file(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ReadFileRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ReadFileResponse> + Send + use<>>> {
+        answer(self.read(request.to_owned_message()).await)
+    }
+
+    async fn write_file(
+        &self,
+        _: RequestContext,
+        requests: InboundStream<WriteFileRequest>,
+    ) -> ServiceResult<impl Encodable<WriteFileResponse> + Send + use<>> {
+        answer(self.write(requests).await)
+    }
+
+    async fn get_logs(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, GetLogsRequest>,
+    ) -> ServiceResult<impl Encodable<GetLogsResponse> + Send + use<>> {
+        answer(self.logs(request.to_owned_message()).await)
+    }
+}

@@ -1,0 +1,260 @@
+//! Finds the owner of a sandbox, or makes it.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::SystemTime;
+
+use tokio::sync::oneshot;
+use wrenn_types::{SandboxId, SandboxState, Shape};
+
+use super::journal::Journal;
+use super::owner::{Common, Handle, Owner};
+use super::{DialFailure, SandboxError};
+use crate::capacity;
+use crate::lifetime::Lifetime;
+use crate::machine::{LiveMachine, MachineError};
+
+/// So many ended sandboxes are remembered, with their reasons.
+const REMEMBERED: usize = 1000;
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct CreateSandbox {
+    /// Chosen by the control plane; the same id again means the same sandbox (G10).
+    pub id: SandboxId,
+    /// Name of the template.
+    pub template: String,
+    /// Another shape than the default.
+    pub shape: Option<Shape>,
+    /// Variables of every process.
+    pub envs: BTreeMap<String, String>,
+    /// How long it may live.
+    pub lifetime: Lifetime,
+    /// Whether it may reach the internet.
+    pub allow_internet: bool,
+    /// Whether its guest agent demands a token.
+    pub secure: bool,
+}
+
+#[derive(Default)]
+struct Registry {
+    alive: HashMap<SandboxId, Arc<Handle>>,
+    ended: VecDeque<Arc<Handle>>,
+    /// Nothing new is started any more.
+    closed: bool,
+}
+
+/// All sandboxes of this host.
+pub struct Manager {
+    common: Arc<Common>,
+    registry: Arc<Mutex<Registry>>,
+}
+
+impl Manager {
+    /// No sandboxes yet.
+    pub fn new(common: Arc<Common>) -> Self {
+        Manager {
+            common,
+            registry: Arc::default(),
+        }
+    }
+
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        lock(&self.registry)
+    }
+
+    /// Starts a sandbox and waits until it is running. The start goes on when the waiter
+    /// goes away.
+    pub async fn create(&self, create: CreateSandbox) -> Result<Arc<Handle>, SandboxError> {
+        let id = create.id;
+        let begun = self.begin(create)?;
+        match begun {
+            Begun::There(handle) => {
+                let view = handle.started().await;
+                match (view.state, view.reason) {
+                    (SandboxState::Error, reason) => Err(SandboxError::Failed {
+                        id,
+                        reason: reason.unwrap_or_default(),
+                    }),
+                    _ => Ok(handle),
+                }
+            }
+            Begun::New(handle, started) => match started.await {
+                Ok(Ok(())) => Ok(handle),
+                Ok(Err(error)) => Err(error),
+                // The owner's task was cancelled: the agent is ending.
+                Err(_) => Err(SandboxError::Ending),
+            },
+        }
+    }
+
+    fn begin(&self, create: CreateSandbox) -> Result<Begun, SandboxError> {
+        let id = create.id;
+        let mut registry = self.registry();
+        let there = registry
+            .alive
+            .get(&id)
+            .or_else(|| registry.ended.iter().find(|h| h.id == id));
+        if let Some(handle) = there {
+            return Ok(Begun::There(handle.clone()));
+        }
+        if registry.closed {
+            return Err(SandboxError::Ending);
+        }
+        let shape = create.shape.unwrap_or(Shape::DEFAULT);
+        capacity::admit(shape, &self.common.site.config.data_dir)?;
+        let (owner, handle) = Owner::new(
+            id,
+            &create.template,
+            self.common.clone(),
+            SandboxState::Starting,
+            create.lifetime,
+            SystemTime::now(),
+        );
+        registry.alive.insert(id, handle.clone());
+        drop(registry);
+        let (started, when_started) = oneshot::channel();
+        self.spawn(id, owner.create(create, started));
+        Ok(Begun::New(handle, when_started))
+    }
+
+    /// Runs an owner; when it is done, its sandbox is among the ended ones.
+    fn spawn(&self, id: SandboxId, owner: impl Future<Output = ()> + Send + 'static) {
+        let registry = self.registry.clone();
+        tokio::spawn(async move {
+            owner.await;
+            let mut registry = lock(&registry);
+            if let Some(handle) = registry.alive.remove(&id) {
+                registry.ended.push_back(handle);
+                while registry.ended.len() > REMEMBERED {
+                    registry.ended.pop_front();
+                }
+            }
+        });
+    }
+
+    /// Takes over a machine of an earlier agent: as a sandbox when it belongs to one.
+    /// Whatever is of no use is given back. Returns the slot that is in use.
+    pub async fn adopt(&self, folder: std::path::PathBuf) -> Result<Option<u32>, MachineError> {
+        let site = &self.common.site;
+        let journal = Journal::read(&folder);
+        let journal = journal.map_err(|source| MachineError::File {
+            action: "read the journal in",
+            path: folder.clone(),
+            source,
+        })?;
+        let machine = LiveMachine::adopt(site, folder.clone()).await?;
+        match (machine, journal) {
+            (Some(machine), Some(journal)) => {
+                let slot = machine.record.slot;
+                let id = journal.sandbox;
+                let (owner, handle) = Owner::new(
+                    id,
+                    &journal.template,
+                    self.common.clone(),
+                    SandboxState::Starting,
+                    journal.lifetime,
+                    journal.started_at,
+                );
+                self.registry().alive.insert(id, handle);
+                tracing::info!(sandbox = %id, slot, "adopted");
+                self.spawn(id, owner.adopt(machine, journal));
+                Ok(Some(slot))
+            }
+            (Some(machine), None) => {
+                tracing::info!(folder = %folder.display(), "a machine that belongs to nobody is ended");
+                machine.give_back(site).await;
+                Ok(None)
+            }
+            (None, journal) => {
+                if let Some(journal) = journal {
+                    tracing::warn!(sandbox = %journal.sandbox, "its machine has died while no agent was there");
+                }
+                crate::machine::remove_folder(&folder).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The sandbox of this id, alive or remembered.
+    pub fn get(&self, id: SandboxId) -> Result<Arc<Handle>, SandboxError> {
+        let registry = self.registry();
+        let found = registry
+            .alive
+            .get(&id)
+            .or_else(|| registry.ended.iter().find(|h| h.id == id));
+        found.cloned().ok_or(SandboxError::NotFound(id))
+    }
+
+    /// Those alive and those remembered.
+    pub fn list(&self) -> Vec<Arc<Handle>> {
+        let registry = self.registry();
+        registry
+            .alive
+            .values()
+            .chain(&registry.ended)
+            .cloned()
+            .collect()
+    }
+
+    /// How many are alive.
+    pub fn alive(&self) -> usize {
+        self.registry().alive.len()
+    }
+
+    /// Ends a sandbox; `NotFound` when it is not alive.
+    pub async fn destroy(&self, id: SandboxId) -> Result<(), SandboxError> {
+        let handle = self.registry().alive.get(&id).cloned();
+        handle.ok_or(SandboxError::NotFound(id))?.destroy().await
+    }
+
+    /// Starts nothing new from now on.
+    pub fn close(&self) {
+        self.registry().closed = true;
+    }
+
+    /// Ends all of them, side by side.
+    pub async fn destroy_all(&self) {
+        let handles: Vec<_> = self.registry().alive.values().cloned().collect();
+        let ends = handles.iter().map(|handle| async move {
+            if let Err(error) = handle.destroy().await {
+                tracing::warn!(sandbox = %handle.id, %error, "could not be ended");
+            }
+        });
+        futures::future::join_all(ends).await;
+    }
+
+    /// Opens a connection to a port of a running sandbox. It counts as use from now until
+    /// the caller drops the guard.
+    pub async fn dial(
+        &self,
+        id: SandboxId,
+        port: u16,
+    ) -> Result<(tokio::net::TcpStream, crate::activity::InUse), DialFailure> {
+        let handle = self
+            .registry()
+            .alive
+            .get(&id)
+            .cloned()
+            .ok_or(DialFailure::NotFound)?;
+        let (dialer, in_use) = match handle.in_use() {
+            Ok((live, in_use)) => (live.dialer.clone(), in_use),
+            Err(_) => return Err(DialFailure::NotRunning),
+        };
+        let stream = dialer
+            .connect(port)
+            .await
+            .map_err(DialFailure::PortClosed)?;
+        Ok((stream, in_use))
+    }
+}
+
+enum Begun {
+    There(Arc<Handle>),
+    New(Arc<Handle>, oneshot::Receiver<Result<(), SandboxError>>),
+}
+
+fn lock(registry: &Mutex<Registry>) -> MutexGuard<'_, Registry> {
+    // Every change of the registry is one step; a panic leaves it whole.
+    registry.lock().unwrap_or_else(|e| e.into_inner())
+}

@@ -1,0 +1,88 @@
+//! Sandboxes: one owner task each, found through the manager.
+
+mod journal;
+mod manager;
+mod owner;
+
+pub use journal::Journal;
+pub use manager::{CreateSandbox, Manager};
+pub use owner::{Common, Handle};
+
+use std::fmt;
+
+use wrenn_types::{SandboxId, SandboxState};
+
+use crate::capacity::CapacityError;
+use crate::guest::GuestError;
+use crate::machine::MachineError;
+use crate::template::TemplateError;
+
+/// Why a sandbox could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// This host has no such sandbox.
+    #[error("there is no sandbox {0} on this host")]
+    NotFound(SandboxId),
+    /// It is not in a state for that.
+    #[error("sandbox {id} is {state}: it must be running for that")]
+    NotRunning {
+        /// Which one.
+        id: SandboxId,
+        /// What it is doing instead.
+        state: SandboxState,
+    },
+    /// The host has no room.
+    #[error(transparent)]
+    Capacity(#[from] CapacityError),
+    /// Its template cannot be had.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// Its machine cannot be had.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Its guest agent failed.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// Its journal cannot be kept.
+    #[error("cannot keep the journal of sandbox {id}: {source}")]
+    Journal {
+        /// Whose.
+        id: SandboxId,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It failed earlier, for this reason.
+    #[error("sandbox {id} could not be started: {reason}")]
+    Failed {
+        /// Which one.
+        id: SandboxId,
+        /// What was said then.
+        reason: String,
+    },
+    /// The agent is ending.
+    #[error("this host agent is ending and starts nothing new")]
+    Ending,
+}
+
+/// Why a port of a sandbox could not be reached.
+#[derive(Debug)]
+pub enum DialFailure {
+    /// No such sandbox here.
+    NotFound,
+    /// It is not running.
+    NotRunning,
+    /// Nothing listens on that port.
+    PortClosed(std::io::Error),
+}
+
+impl fmt::Display for DialFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DialFailure::NotFound => f.write_str("there is no such sandbox"),
+            DialFailure::NotRunning => f.write_str("the sandbox is not running"),
+            DialFailure::PortClosed(e) => write!(f, "nothing listens on that port: {e}"),
+        }
+    }
+}
+
+impl std::error::Error for DialFailure {}
