@@ -37,12 +37,18 @@ impl Ipv4Net {
         if len > 32 {
             return None;
         }
-        Some(Self { base: addr.to_bits() & mask(len), len })
+        Some(Self {
+            base: addr.to_bits() & mask(len),
+            len,
+        })
     }
 
     /// For constants in this crate: `len` is at most 32.
     pub(crate) const fn fixed(a: u8, b: u8, c: u8, d: u8, len: u8) -> Self {
-        Self { base: Ipv4Addr::new(a, b, c, d).to_bits() & mask(len), len }
+        Self {
+            base: Ipv4Addr::new(a, b, c, d).to_bits() & mask(len),
+            len,
+        }
     }
 
     /// The first address.
@@ -78,7 +84,11 @@ impl Ipv4Net {
 }
 
 const fn mask(len: u8) -> u32 {
-    if len == 0 { 0 } else { u32::MAX << (32 - len as u32) }
+    if len == 0 {
+        0
+    } else {
+        u32::MAX << (32 - len as u32)
+    }
 }
 
 impl fmt::Display for Ipv4Net {
@@ -97,11 +107,17 @@ impl FromStr for Ipv4Net {
             reason: format!("`{text}` is not an IPv4 network such as 10.212.0.0/16: {reason}"),
         };
         let (addr, len) = text.split_once('/').unwrap_or((text, "32"));
-        let addr: Ipv4Addr = addr.parse().map_err(|_| bad("the address cannot be read"))?;
-        let len: u8 = len.parse().map_err(|_| bad("the prefix length cannot be read"))?;
+        let addr: Ipv4Addr = addr
+            .parse()
+            .map_err(|_| bad("the address cannot be read"))?;
+        let len: u8 = len
+            .parse()
+            .map_err(|_| bad("the prefix length cannot be read"))?;
         let net = Self::new(addr, len).ok_or_else(|| bad("a prefix has at most 32 bits"))?;
         if net.network() != addr {
-            return Err(bad(&format!("bits are set outside of the prefix; {net} would do")));
+            return Err(bad(&format!(
+                "bits are set outside of the prefix; {net} would do"
+            )));
         }
         Ok(net)
     }
@@ -150,7 +166,9 @@ impl NetConfig {
     pub(crate) fn check(&self) -> Result<(), NetError> {
         let bad = |setting, reason| Err(NetError::BadSetting { setting, reason });
         let prefix = &self.name_prefix;
-        let letters = prefix.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let letters = prefix
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         if prefix.is_empty() || prefix.len() > LONGEST_PREFIX || !letters {
             return bad(
                 "name_prefix",
@@ -177,12 +195,18 @@ impl NetConfig {
         if self.ready > self.max_slots {
             return bad(
                 "ready",
-                format!("{} ready slots are more than the {} allowed", self.ready, self.max_slots),
+                format!(
+                    "{} ready slots are more than the {} allowed",
+                    self.ready, self.max_slots
+                ),
             );
         }
         let guests = Ipv4Net::fixed(169, 254, 0, 20, GUEST_PREFIX_LEN);
         if self.subnet.overlaps(guests) {
-            return bad("subnet", format!("{} contains the guests' own {guests}", self.subnet));
+            return bad(
+                "subnet",
+                format!("{} contains the guests' own {guests}", self.subnet),
+            );
         }
         Ok(())
     }
@@ -203,7 +227,10 @@ impl NetConfig {
     /// The addresses of a slot's veth pair: host's end, slot's end.
     pub(crate) fn slot_addrs(&self, index: u32) -> (Ipv4Addr, Ipv4Addr) {
         let host = self.subnet.range().0.wrapping_add(index.wrapping_mul(2));
-        (Ipv4Addr::from_bits(host), Ipv4Addr::from_bits(host.wrapping_add(1)))
+        (
+            Ipv4Addr::from_bits(host),
+            Ipv4Addr::from_bits(host.wrapping_add(1)),
+        )
     }
 }
 
@@ -217,7 +244,13 @@ mod tests {
         assert_eq!(net.to_string(), "10.212.0.0/16");
         assert!(net.contains(Ipv4Addr::new(10, 212, 255, 255)));
         assert!(!net.contains(Ipv4Addr::new(10, 213, 0, 0)));
-        assert!("10.212.0.1/16".parse::<Ipv4Net>().unwrap_err().to_string().contains("10.212.0.0/16"));
+        assert!(
+            "10.212.0.1/16"
+                .parse::<Ipv4Net>()
+                .unwrap_err()
+                .to_string()
+                .contains("10.212.0.0/16")
+        );
         for text in ["", "10.0.0.0/33", "10.0.0/8", "fe80::/10", "10.0.0.0/"] {
             assert!(text.parse::<Ipv4Net>().is_err(), "{text}");
         }
@@ -231,12 +264,17 @@ mod tests {
         config.check().unwrap();
         assert_eq!(config.slot_name(7), "wrenn-7");
         assert_eq!(config.index_in("wrenn-7"), Some(7));
-        for name in ["wrenn-07", "wrenn-+7", "wrenn7", "wrennx-7", "wrenn-", "eth0"] {
+        for name in [
+            "wrenn-07", "wrenn-+7", "wrenn7", "wrennx-7", "wrenn-", "eth0",
+        ] {
             assert_eq!(config.index_in(name), None, "{name}");
         }
         assert_eq!(
             config.slot_addrs(200),
-            (Ipv4Addr::new(10, 212, 1, 144), Ipv4Addr::new(10, 212, 1, 145))
+            (
+                Ipv4Addr::new(10, 212, 1, 144),
+                Ipv4Addr::new(10, 212, 1, 145)
+            )
         );
     }
 

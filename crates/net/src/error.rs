@@ -99,7 +99,10 @@ impl NetError {
     /// A failed step as an error; answers that mean "not built into this kernel" for a step
     /// that depends on an optional part of the kernel become [`NetError::MissingFeature`].
     pub(crate) fn step(step: &'static str, subject: impl Into<String>, source: io::Error) -> Self {
-        let missing = match source.raw_os_error().map(rustix::io::Errno::from_raw_os_error) {
+        let missing = match source
+            .raw_os_error()
+            .map(rustix::io::Errno::from_raw_os_error)
+        {
             // ENODEV and ENXIO: a device node without its driver; ENOENT, EOPNOTSUPP and
             // EPROTONOSUPPORT: an expression, link type or netlink family nobody registered.
             Some(
@@ -112,8 +115,16 @@ impl NetError {
             _ => None,
         };
         match missing {
-            Some((_, feature, remedy)) => NetError::MissingFeature { feature, remedy, source },
-            None => NetError::Step { step, subject: subject.into(), source },
+            Some((_, feature, remedy)) => NetError::MissingFeature {
+                feature,
+                remedy,
+                source,
+            },
+            None => NetError::Step {
+                step,
+                subject: subject.into(),
+                source,
+            },
         }
     }
 }
@@ -138,3 +149,28 @@ const FEATURES: [(&str, &str, &str); 4] = [
         "try `modprobe nf_conntrack_netlink`",
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_part_of_the_kernel_is_named_with_its_remedy() {
+        let no_tun = || io::Error::from_raw_os_error(rustix::io::Errno::NOENT.raw_os_error());
+        let error = NetError::step(OPEN_TAP, "wrenn-1", no_tun());
+        assert!(error.to_string().contains("modprobe tun"), "{error}");
+        let error = NetError::step("do something else", "wrenn-1", no_tun());
+        assert!(error.to_string().contains("wrenn-1"), "{error}");
+        let busy = io::Error::from_raw_os_error(rustix::io::Errno::BUSY.raw_os_error());
+        assert!(matches!(
+            NetError::step(OPEN_TAP, "wrenn-1", busy),
+            NetError::Step { .. }
+        ));
+        for (step, ..) in FEATURES {
+            assert!(matches!(
+                NetError::step(step, "", no_tun()),
+                NetError::MissingFeature { .. }
+            ));
+        }
+    }
+}

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use crate::config::{Ipv4Net, NetConfig};
 use crate::error::{LOAD_RULES, NetError};
@@ -21,7 +22,7 @@ pub(crate) struct Host {
     pub(crate) forwarded_before: bool,
     /// An abstract socket that only one process can be bound to: gone with the process,
     /// however that ends.
-    _claim: OwnedFd,
+    claim: Mutex<Option<OwnedFd>>,
 }
 
 impl Host {
@@ -33,10 +34,29 @@ impl Host {
         let claim = claim(&config.name_prefix)?;
         check_subnet(config)?;
         let forwarded_before = forward(config)?;
-        let step = |error| NetError::step(LOAD_RULES, format!("table inet {}", config.name_prefix), error);
+        let step = |error| {
+            NetError::step(
+                LOAD_RULES,
+                format!("table inet {}", config.name_prefix),
+                error,
+            )
+        };
         let mut netfilter = Socket::netfilter().map_err(step)?;
-        policy::host_table(config).commit(&mut netfilter).map_err(step)?;
-        Ok(Self { forwarded_before, _claim: claim })
+        policy::host_table(config)
+            .commit(&mut netfilter)
+            .map_err(step)?;
+        Ok(Self {
+            forwarded_before,
+            claim: Mutex::new(Some(claim)),
+        })
+    }
+
+    /// Lets another process manage slots of this name.
+    pub(crate) fn release(&self) {
+        self.claim
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
     }
 
     /// Removes the nftables table. Forwarding stays on: by now others may count on it.
@@ -46,19 +66,24 @@ impl Host {
         let mut batch = crate::nft::Batch::new(&config.name_prefix);
         batch.delete_table();
         batch.commit(&mut netfilter).map_err(|e| {
-            NetError::step("delete the host's nftables table", config.name_prefix.clone(), e)
+            NetError::step(
+                "delete the host's nftables table",
+                config.name_prefix.clone(),
+                e,
+            )
         })
     }
 }
 
 fn claim(prefix: &str) -> Result<OwnedFd, NetError> {
     let name = format!("wrenn-net/{prefix}");
-    let bound = SocketAddr::from_abstract_name(&name).and_then(|addr| UnixListener::bind_addr(&addr));
+    let bound =
+        SocketAddr::from_abstract_name(&name).and_then(|addr| UnixListener::bind_addr(&addr));
     match bound {
         Ok(listener) => Ok(listener.into()),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            Err(NetError::InUse { prefix: prefix.to_owned() })
-        }
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(NetError::InUse {
+            prefix: prefix.to_owned(),
+        }),
         Err(error) => Err(NetError::step("claim the name of the slots", name, error)),
     }
 }
@@ -68,7 +93,12 @@ fn check_subnet(config: &NetConfig) -> Result<(), NetError> {
     let step = |error| NetError::step("list the host's routes", "rtnetlink", error);
     let mut socket = Socket::route().map_err(step)?;
     let links = route::links(&mut socket).map_err(step)?;
-    let name_of = |index: u32| links.iter().find(|link| link.index == index).map(|link| link.name.as_str());
+    let name_of = |index: u32| {
+        links
+            .iter()
+            .find(|link| link.index == index)
+            .map(|link| link.name.as_str())
+    };
     let foreign: Vec<_> = route::routes(&mut socket)
         .map_err(step)?
         .into_iter()
@@ -77,7 +107,9 @@ fn check_subnet(config: &NetConfig) -> Result<(), NetError> {
         .filter(|route| name_of(route.link).is_none_or(|name| config.index_in(name).is_none()))
         .collect();
     let clash_of = |subnet: Ipv4Net| foreign.iter().find(move |route| route.to.overlaps(subnet));
-    let Some(clash) = clash_of(config.subnet) else { return Ok(()) };
+    let Some(clash) = clash_of(config.subnet) else {
+        return Ok(());
+    };
     Err(NetError::SubnetClash {
         subnet: config.subnet,
         route: clash.to,
@@ -101,21 +133,29 @@ fn forward(config: &NetConfig) -> Result<bool, NetError> {
         Ok(before) => before,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(folder) = note.parent() {
-                fs::create_dir_all(folder)
-                    .map_err(|e| NetError::step("make the folder", folder.display().to_string(), e))?;
+                fs::create_dir_all(folder).map_err(|e| {
+                    NetError::step("make the folder", folder.display().to_string(), e)
+                })?;
             }
-            fs::write(&note, &now)
-                .map_err(|e| NetError::step("note the forwarding setting", note.display().to_string(), e))?;
+            fs::write(&note, &now).map_err(|e| {
+                NetError::step("note the forwarding setting", note.display().to_string(), e)
+            })?;
             now.clone()
         }
         Err(error) => {
-            return Err(NetError::step("read the note", note.display().to_string(), error));
+            return Err(NetError::step(
+                "read the note",
+                note.display().to_string(),
+                error,
+            ));
         }
     };
     if now.trim() != "1" {
         fs::write(IP_FORWARD, "1")
             .map_err(|e| NetError::step("turn the host's IPv4 forwarding on", IP_FORWARD, e))?;
-        tracing::info!("IPv4 forwarding was off on this host and is on now: guests' packets need it");
+        tracing::info!(
+            "IPv4 forwarding was off on this host and is on now: guests' packets need it"
+        );
     }
     Ok(before.trim() == "1")
 }

@@ -171,7 +171,11 @@ impl Socket {
             protocol,
         )?;
         set_socket_timeout(&fd, Timeout::Recv, Some(ANSWER_DEADLINE))?;
-        Ok(Self { fd, seq: 0, buffer: Vec::new() })
+        Ok(Self {
+            fd,
+            seq: 0,
+            buffer: Vec::new(),
+        })
     }
 
     /// Sends one request and waits for the kernel's yes or no.
@@ -286,7 +290,8 @@ impl Socket {
 
 /// The positive error number in an NLMSG_ERROR; 0 is an acknowledgement.
 fn error_code(body: &[u8]) -> i32 {
-    body.first_chunk::<4>().map_or(0, |bytes| i32::from_ne_bytes(*bytes).wrapping_neg())
+    body.first_chunk::<4>()
+        .map_or(0, |bytes| i32::from_ne_bytes(*bytes).wrapping_neg())
 }
 
 #[cfg(test)]
@@ -301,7 +306,9 @@ mod tests {
         });
         assert_eq!(
             attrs.0,
-            [7, 0, 1, 0, b'a', b'b', 0, 0, 12, 0, 2, 0x80, 8, 0, 3, 0, 1, 2, 3, 4]
+            [
+                7, 0, 1, 0, b'a', b'b', 0, 0, 12, 0, 2, 0x80, 8, 0, 3, 0, 1, 2, 3, 4
+            ]
         );
         let read: Vec<_> = attributes(&attrs.0, 0).collect();
         assert_eq!(read[0], (1, &b"ab\0"[..]));
@@ -320,7 +327,9 @@ mod tests {
         let mut socket = Socket::route().unwrap();
         // RTM_GETLINK, everything: at least the loopback device.
         let mut links = 0;
-        socket.query(&Request::new(18, ROOT_MATCH_DUMP, &[0; 16]), |_| links += 1).unwrap();
+        socket
+            .query(&Request::new(18, ROOT_MATCH_DUMP, &[0; 16]), |_| links += 1)
+            .unwrap();
         assert!(links >= 1);
         // RTM_DELLINK of an interface that cannot exist.
         let mut fixed = [0_u8; 16];

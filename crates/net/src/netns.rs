@@ -64,7 +64,11 @@ impl Namespace {
         std::fs::create_dir_all(NAMED)?;
         let path = path_of(name);
         // The file is only the place to mount on.
-        OpenOptions::new().write(true).create_new(true).mode(0o000).open(&path)?;
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o000)
+            .open(&path)?;
         let made = crate::sys::new_net_namespace().and_then(|()| {
             rustix::mount::mount_bind("/proc/thread-self/ns/net", &path)?;
             of_this_thread()
@@ -131,22 +135,24 @@ impl Visitor {
     pub(crate) fn start() -> io::Result<Self> {
         let (visits, inbox) = mpsc::channel::<Visit>();
         let home = of_this_thread()?;
-        std::thread::Builder::new().name("wrenn-netns".to_owned()).spawn(move || {
-            for visit in inbox {
-                let inside = move_into_link_name_space(
-                    visit.namespace.as_fd(),
-                    Some(LinkNameSpaceType::Network),
-                );
-                (visit.work)(inside.map_err(io::Error::from));
-                // A thread inside keeps a namespace alive that is to be removed. If the way
-                // home fails the next visit still enters its own namespace first.
-                if let Err(errno) =
-                    move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Network))
-                {
-                    tracing::error!(%errno, "the namespace thread could not go home");
+        std::thread::Builder::new()
+            .name("wrenn-netns".to_owned())
+            .spawn(move || {
+                for visit in inbox {
+                    let inside = move_into_link_name_space(
+                        visit.namespace.as_fd(),
+                        Some(LinkNameSpaceType::Network),
+                    );
+                    (visit.work)(inside.map_err(io::Error::from));
+                    // A thread inside keeps a namespace alive that is to be removed. If the way
+                    // home fails the next visit still enters its own namespace first.
+                    if let Err(errno) =
+                        move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Network))
+                    {
+                        tracing::error!(%errno, "the namespace thread could not go home");
+                    }
                 }
-            }
-        })?;
+            })?;
         Ok(Self { visits })
     }
 
@@ -176,6 +182,10 @@ pub(crate) async fn on_own_thread<T: Send + 'static>(
 ) -> io::Result<T> {
     let (reply, answer) = oneshot::channel();
     let work: Work = Box::new(move || drop(reply.send(work())));
-    std::thread::Builder::new().name("wrenn-slot".to_owned()).spawn(work)?;
-    answer.await.map_err(|_| io::Error::other("a thread that works on a slot panicked"))
+    std::thread::Builder::new()
+        .name("wrenn-slot".to_owned())
+        .spawn(work)?;
+    answer
+        .await
+        .map_err(|_| io::Error::other("a thread that works on a slot panicked"))
 }

@@ -59,7 +59,11 @@ pub(crate) enum Chain {
     Plain,
     /// Sees packets at a hook, in the order of priorities; drops what it does not accept, or
     /// accepts what it does not drop.
-    Filter { hook: Hook, priority: i32, drops: bool },
+    Filter {
+        hook: Hook,
+        priority: i32,
+        drops: bool,
+    },
     /// Translates addresses.
     Nat { hook: Hook, priority: i32 },
 }
@@ -79,15 +83,20 @@ fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
 impl Batch {
     pub(crate) fn new(table: &str) -> Self {
         let begin = Request::new(BATCH_BEGIN, 0, &nfgenmsg(0, SUBSYSTEM));
-        Self { table: table.to_owned(), requests: vec![begin] }
+        Self {
+            table: table.to_owned(),
+            requests: vec![begin],
+        }
     }
 
     fn push(&mut self, kind: u16, flags: u16, fill: impl FnOnce(&mut Attrs)) {
-        self.requests.push(Request::new(kind, flags, &nfgenmsg(FAMILY_INET, 0)).attrs(|attrs| {
-            // In all kinds of message used here attribute 1 is the table's name.
-            attrs.text(1, &self.table);
-            fill(attrs);
-        }));
+        self.requests.push(
+            Request::new(kind, flags, &nfgenmsg(FAMILY_INET, 0)).attrs(|attrs| {
+                // In all kinds of message used here attribute 1 is the table's name.
+                attrs.text(1, &self.table);
+                fill(attrs);
+            }),
+        );
     }
 
     /// Makes the table; what was in it before is gone.
@@ -114,7 +123,8 @@ impl Batch {
                 Chain::Nat { hook, priority } => (hook, priority, "nat"),
             };
             attrs.nest(4, |base| {
-                base.network(1, hook as u32).bytes(2, &priority.to_be_bytes());
+                base.network(1, hook as u32)
+                    .bytes(2, &priority.to_be_bytes());
             });
             if let Chain::Filter { drops, .. } = chain {
                 attrs.network(5, if drops { 0 } else { 1 });
@@ -171,7 +181,8 @@ impl Batch {
     /// Puts everything in force at once.
     pub(crate) fn commit(mut self, socket: &mut Socket) -> io::Result<()> {
         let last = self.requests.len() - 1;
-        self.requests.push(Request::new(BATCH_END, 0, &nfgenmsg(0, SUBSYSTEM)));
+        self.requests
+            .push(Request::new(BATCH_END, 0, &nfgenmsg(0, SUBSYSTEM)));
         socket.call_all(&self.requests, last)
     }
 }
@@ -250,15 +261,20 @@ impl Rule {
 
     fn payload(self, base: u32, offset: u32, len: u32) -> Self {
         self.expr("payload", |e| {
-            e.network(1, REG_1).network(2, base).network(3, offset).network(4, len);
+            e.network(1, REG_1)
+                .network(2, base)
+                .network(3, offset)
+                .network(4, len);
         })
     }
 
     fn compare(self, must: Must, value: &[u8]) -> Self {
         self.expr("cmp", |e| {
-            e.network(1, REG_1).network(2, u32::from(must == Must::NotBe)).nest(3, |data| {
-                data.bytes(DATA_VALUE, value);
-            });
+            e.network(1, REG_1)
+                .network(2, u32::from(must == Must::NotBe))
+                .nest(3, |data| {
+                    data.bytes(DATA_VALUE, value);
+                });
         })
     }
 
@@ -280,14 +296,22 @@ impl Rule {
         // The whole 16 bytes are compared, or "tap0" would match "tap01".
         let mut padded = name.as_bytes().to_vec();
         padded.resize(16, 0);
-        self.meta(if side == Side::From { META_IIFNAME } else { META_OIFNAME })
-            .compare(must, &padded)
+        self.meta(if side == Side::From {
+            META_IIFNAME
+        } else {
+            META_OIFNAME
+        })
+        .compare(must, &padded)
     }
 
     /// The link's name starts so.
     pub(crate) fn link_starts(self, side: Side, must: Must, start: &str) -> Self {
-        self.meta(if side == Side::From { META_IIFNAME } else { META_OIFNAME })
-            .compare(must, start.as_bytes())
+        self.meta(if side == Side::From {
+            META_IIFNAME
+        } else {
+            META_OIFNAME
+        })
+        .compare(must, start.as_bytes())
     }
 
     /// The packet is IPv4.
@@ -302,7 +326,9 @@ impl Rule {
 
     /// The destination port, of TCP or UDP.
     pub(crate) fn port(self, protocol: u8, port: u16) -> Self {
-        self.protocol(protocol).payload(BASE_TRANSPORT, 2, 2).compare(Must::Be, &port.to_be_bytes())
+        self.protocol(protocol)
+            .payload(BASE_TRANSPORT, 2, 2)
+            .compare(Must::Be, &port.to_be_bytes())
     }
 
     fn load_addr(self, side: Side) -> Self {
@@ -311,7 +337,9 @@ impl Rule {
 
     /// The IPv4 address of that side.
     pub(crate) fn addr(self, side: Side, must: Must, addr: Ipv4Addr) -> Self {
-        self.ipv4(Must::Be).load_addr(side).compare(must, &addr.octets())
+        self.ipv4(Must::Be)
+            .load_addr(side)
+            .compare(must, &addr.octets())
     }
 
     /// The IPv4 address of that side is in a network.
@@ -403,11 +431,20 @@ mod tests {
 
     #[test]
     fn networks_become_disjoint_ranges() {
-        let nets: Vec<Ipv4Net> = ["10.0.0.0/8", "240.0.0.0/4", "10.1.0.0/16", "224.0.0.0/4", "11.0.0.0/8"]
-            .iter()
-            .map(|text| text.parse().unwrap())
-            .collect();
-        assert_eq!(merge(&nets), [(0x0a00_0000, 0x0bff_ffff), (0xe000_0000, 0xffff_ffff)]);
+        let nets: Vec<Ipv4Net> = [
+            "10.0.0.0/8",
+            "240.0.0.0/4",
+            "10.1.0.0/16",
+            "224.0.0.0/4",
+            "11.0.0.0/8",
+        ]
+        .iter()
+        .map(|text| text.parse().unwrap())
+        .collect();
+        assert_eq!(
+            merge(&nets),
+            [(0x0a00_0000, 0x0bff_ffff), (0xe000_0000, 0xffff_ffff)]
+        );
         assert_eq!(merge(&["0.0.0.0/0".parse().unwrap()]), [(0, u32::MAX)]);
     }
 }

@@ -75,7 +75,13 @@ fn apply_settings() -> Result<(), NetError> {
         match fs::write(&path, value) {
             // A kernel without IPv6 has nothing to turn off.
             Err(error) if error.kind() == io::ErrorKind::NotFound && file.starts_with("ipv6/") => {}
-            Err(error) => return Err(NetError::step("set the namespace's kernel setting", path, error)),
+            Err(error) => {
+                return Err(NetError::step(
+                    "set the namespace's kernel setting",
+                    path,
+                    error,
+                ));
+            }
             Ok(()) => {}
         }
     }
@@ -118,12 +124,14 @@ fn fill(
     let step = |step, error| NetError::step(step, name.to_owned(), error);
     let (host_addr, slot_addr) = config.slot_addrs(index);
     let mut route = Socket::route().map_err(|e| step("open a netlink socket", e))?;
-    let mut netfilter = Socket::netfilter()
-        .map_err(|e| step("open a netfilter socket (CONFIG_NF_TABLES)", e))?;
+    let mut netfilter =
+        Socket::netfilter().map_err(|e| step("open a netfilter socket (CONFIG_NF_TABLES)", e))?;
 
     // Rules first: at no moment is there a link without them. They also load connection
     // tracking, whose settings would not be there otherwise.
-    policy::slot_table(config).commit(&mut netfilter).map_err(|e| step(LOAD_RULES, e))?;
+    policy::slot_table(config)
+        .commit(&mut netfilter)
+        .map_err(|e| step(LOAD_RULES, e))?;
     apply_settings()?;
 
     let tap = sys::open_tap(TAP).map_err(|e| step(OPEN_TAP, e))?;
@@ -149,7 +157,12 @@ fn fill(
     route::bring_up(&mut route, inside).map_err(|e| step("bring the slot's link up", e))?;
     route::add_default_route(&mut route, inside, host_addr)
         .map_err(|e| step("set the slot's default route", e))?;
-    Ok(Sockets { netfilter, route, tap, internet: Some(config.internet) })
+    Ok(Sockets {
+        netfilter,
+        route,
+        tap,
+        internet: Some(config.internet),
+    })
 }
 
 /// Opens the slot of a living machine that an earlier agent made. To be called on a thread of
@@ -176,7 +189,12 @@ pub(crate) fn open(config: &NetConfig, index: u32) -> Result<Plumbing, NetError>
         index,
         outside: config.slot_addrs(index).1,
         namespace: Arc::new(namespace),
-        sockets: Mutex::new(Sockets { netfilter, route, tap, internet: None }),
+        sockets: Mutex::new(Sockets {
+            netfilter,
+            route,
+            tap,
+            internet: None,
+        }),
         name,
     })
 }
@@ -193,7 +211,10 @@ pub struct DnsSockets {
 /// Binds the resolver's sockets in the calling thread's namespace.
 pub(crate) fn bind_dns() -> io::Result<DnsSockets> {
     let addr = (IpAddr::V4(GATEWAY_ADDR), DNS_PORT);
-    Ok(DnsSockets { udp: UdpSocket::bind(addr)?.into(), tcp: TcpListener::bind(addr)?.into() })
+    Ok(DnsSockets {
+        udp: UdpSocket::bind(addr)?.into(),
+        tcp: TcpListener::bind(addr)?.into(),
+    })
 }
 
 impl Plumbing {
@@ -205,7 +226,9 @@ impl Plumbing {
         }
         policy::slot_internet(config, on)
             .commit(&mut sockets.netfilter)
-            .map_err(|e| NetError::step("change the slot's firewall rules", self.name.clone(), e))?;
+            .map_err(|e| {
+                NetError::step("change the slot's firewall rules", self.name.clone(), e)
+            })?;
         sockets.internet = Some(on);
         Ok(())
     }
@@ -218,7 +241,9 @@ impl Plumbing {
         loop {
             let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
             let tap = sockets.tap;
-            if !route::has_carrier(&mut sockets.route, tap).map_err(|e| step("look at the tap", e))? {
+            if !route::has_carrier(&mut sockets.route, tap)
+                .map_err(|e| step("look at the tap", e))?
+            {
                 break;
             }
             drop(sockets);
@@ -251,7 +276,7 @@ pub(crate) fn unmake(host_route: &mut Socket, name: &str) -> Result<(), NetError
 
 /// [`unmake`] with a socket of its own, from a thread in the host's namespace.
 pub(crate) fn remove(name: &str) -> Result<(), NetError> {
-    let mut host_route = Socket::route()
-        .map_err(|e| NetError::step("open a netlink socket", name.to_owned(), e))?;
+    let mut host_route =
+        Socket::route().map_err(|e| NetError::step("open a netlink socket", name.to_owned(), e))?;
     unmake(&mut host_route, name)
 }

@@ -25,22 +25,22 @@ pub(crate) const DNS_PORT: u16 = 53;
 /// Networks no guest may reach: everything that is not public unicast (IANA IPv4 special-purpose
 /// registry, RFC 6890), and the one public address clouds use for their own services.
 const DENIED: [Ipv4Net; 16] = [
-    Ipv4Net::fixed(0, 0, 0, 0, 8),          // this network
-    Ipv4Net::fixed(10, 0, 0, 0, 8),         // private
-    Ipv4Net::fixed(100, 64, 0, 0, 10),      // carriers' shared space; 100.100.100.200 is metadata
-    Ipv4Net::fixed(127, 0, 0, 0, 8),        // loopback
-    Ipv4Net::fixed(168, 63, 129, 16, 32),   // Azure's wire server
-    Ipv4Net::fixed(169, 254, 0, 0, 16),     // link-local; 169.254.169.254 is metadata
-    Ipv4Net::fixed(172, 16, 0, 0, 12),      // private
-    Ipv4Net::fixed(192, 0, 0, 0, 24),       // protocol assignments; 192.0.0.192 is metadata
-    Ipv4Net::fixed(192, 0, 2, 0, 24),       // documentation
-    Ipv4Net::fixed(192, 88, 99, 0, 24),     // 6to4 relays, deprecated
-    Ipv4Net::fixed(192, 168, 0, 0, 16),     // private
-    Ipv4Net::fixed(198, 18, 0, 0, 15),      // benchmarks
-    Ipv4Net::fixed(198, 51, 100, 0, 24),    // documentation
-    Ipv4Net::fixed(203, 0, 113, 0, 24),     // documentation
-    Ipv4Net::fixed(224, 0, 0, 0, 4),        // multicast
-    Ipv4Net::fixed(240, 0, 0, 0, 4),        // reserved, broadcast
+    Ipv4Net::fixed(0, 0, 0, 0, 8),        // this network
+    Ipv4Net::fixed(10, 0, 0, 0, 8),       // private
+    Ipv4Net::fixed(100, 64, 0, 0, 10),    // carriers' shared space; 100.100.100.200 is metadata
+    Ipv4Net::fixed(127, 0, 0, 0, 8),      // loopback
+    Ipv4Net::fixed(168, 63, 129, 16, 32), // Azure's wire server
+    Ipv4Net::fixed(169, 254, 0, 0, 16),   // link-local; 169.254.169.254 is metadata
+    Ipv4Net::fixed(172, 16, 0, 0, 12),    // private
+    Ipv4Net::fixed(192, 0, 0, 0, 24),     // protocol assignments; 192.0.0.192 is metadata
+    Ipv4Net::fixed(192, 0, 2, 0, 24),     // documentation
+    Ipv4Net::fixed(192, 88, 99, 0, 24),   // 6to4 relays, deprecated
+    Ipv4Net::fixed(192, 168, 0, 0, 16),   // private
+    Ipv4Net::fixed(198, 18, 0, 0, 15),    // benchmarks
+    Ipv4Net::fixed(198, 51, 100, 0, 24),  // documentation
+    Ipv4Net::fixed(203, 0, 113, 0, 24),   // documentation
+    Ipv4Net::fixed(224, 0, 0, 0, 4),      // multicast
+    Ipv4Net::fixed(240, 0, 0, 0, 4),      // reserved, broadcast
 ];
 
 /// Priorities of nftables' own names: before connection tracking, filter, source NAT.
@@ -49,7 +49,11 @@ const FILTER: i32 = 0;
 const SOURCE_NAT: i32 = 100;
 
 fn filter(hook: Hook, priority: i32, drops: bool) -> Chain {
-    Chain::Filter { hook, priority, drops }
+    Chain::Filter {
+        hook,
+        priority,
+        drops,
+    }
 }
 
 /// The sets and the chain `refuse`, which both tables have.
@@ -81,32 +85,67 @@ pub(crate) fn slot_table(config: &NetConfig) -> Batch {
     batch.chain("prerouting", filter(Hook::Prerouting, RAW, false));
     let from_guest = || Rule::new().link(Side::From, Must::Be, TAP);
     batch.rule("prerouting", from_guest().ipv4(Must::NotBe).count().drop());
-    batch.rule("prerouting", from_guest().addr(Side::From, Must::NotBe, GUEST_ADDR).count().drop());
+    batch.rule(
+        "prerouting",
+        from_guest()
+            .addr(Side::From, Must::NotBe, GUEST_ADDR)
+            .count()
+            .drop(),
+    );
 
     // The egress and resolver chains are what `internet` rewrites. They look at every packet,
     // not only at a connection's first, so that a change cuts what is open.
     batch.chain("egress", Chain::Plain);
     batch.chain("resolver", Chain::Plain);
     batch.chain("forward", filter(Hook::Forward, FILTER, true));
-    batch.rule("forward", from_guest().link(Side::To, Must::Be, OUT).jump("egress"));
+    batch.rule(
+        "forward",
+        from_guest().link(Side::To, Must::Be, OUT).jump("egress"),
+    );
     batch.rule("forward", from_guest().jump("refuse"));
-    batch.rule("forward", Rule::new().link(Side::To, Must::Be, TAP).state(CT_KNOWN).accept());
+    batch.rule(
+        "forward",
+        Rule::new()
+            .link(Side::To, Must::Be, TAP)
+            .state(CT_KNOWN)
+            .accept(),
+    );
 
     batch.chain("input", filter(Hook::Input, FILTER, true));
     // Answers to the agent's connections into the guest, whose sockets are in this namespace.
     batch.rule("input", from_guest().state(CT_KNOWN).accept());
-    batch.rule("input", from_guest().addr(Side::To, Must::Be, GATEWAY_ADDR).jump("resolver"));
+    batch.rule(
+        "input",
+        from_guest()
+            .addr(Side::To, Must::Be, GATEWAY_ADDR)
+            .jump("resolver"),
+    );
     batch.rule("input", from_guest().jump("refuse"));
 
     // Sockets of this namespace talk to the guest and to nobody else. What is left of an
     // earlier tenant's connection is invalid since they were forgotten, and must not reach
     // the next guest as a retransmission.
     batch.chain("output", filter(Hook::Output, FILTER, true));
-    batch.rule("output", Rule::new().link(Side::To, Must::Be, TAP).state(CT_INVALID).drop());
+    batch.rule(
+        "output",
+        Rule::new()
+            .link(Side::To, Must::Be, TAP)
+            .state(CT_INVALID)
+            .drop(),
+    );
     batch.rule("output", Rule::new().link(Side::To, Must::Be, TAP).accept());
 
-    batch.chain("postrouting", Chain::Nat { hook: Hook::Postrouting, priority: SOURCE_NAT });
-    batch.rule("postrouting", Rule::new().link(Side::To, Must::Be, OUT).masquerade());
+    batch.chain(
+        "postrouting",
+        Chain::Nat {
+            hook: Hook::Postrouting,
+            priority: SOURCE_NAT,
+        },
+    );
+    batch.rule(
+        "postrouting",
+        Rule::new().link(Side::To, Must::Be, OUT).masquerade(),
+    );
 
     fill_internet(&mut batch, config.internet);
     batch
@@ -150,7 +189,13 @@ pub(crate) fn host_table(config: &NetConfig) -> Batch {
 
     batch.chain("prerouting", filter(Hook::Prerouting, RAW, false));
     batch.rule("prerouting", from_slot().ipv4(Must::NotBe).count().drop());
-    batch.rule("prerouting", from_slot().addr_in(Side::From, Must::NotBe, config.subnet).count().drop());
+    batch.rule(
+        "prerouting",
+        from_slot()
+            .addr_in(Side::From, Must::NotBe, config.subnet)
+            .count()
+            .drop(),
+    );
 
     // Every address of the host, public ones included, arrives here and not in `forward`.
     batch.chain("input", filter(Hook::Input, FILTER, false));
@@ -158,12 +203,23 @@ pub(crate) fn host_table(config: &NetConfig) -> Batch {
     batch.rule("input", from_slot().jump("refuse"));
 
     batch.chain("forward", filter(Hook::Forward, FILTER, false));
-    batch.rule("forward", from_slot().link_starts(Side::To, Must::Be, &ours).jump("refuse"));
+    batch.rule(
+        "forward",
+        from_slot()
+            .link_starts(Side::To, Must::Be, &ours)
+            .jump("refuse"),
+    );
     batch.rule("forward", refuse_denied(from_slot()));
     batch.rule("forward", to_slot().state(CT_KNOWN).accept());
     batch.rule("forward", to_slot().count().drop());
 
-    batch.chain("postrouting", Chain::Nat { hook: Hook::Postrouting, priority: SOURCE_NAT });
+    batch.chain(
+        "postrouting",
+        Chain::Nat {
+            hook: Hook::Postrouting,
+            priority: SOURCE_NAT,
+        },
+    );
     batch.rule(
         "postrouting",
         Rule::new()
@@ -176,5 +232,7 @@ pub(crate) fn host_table(config: &NetConfig) -> Batch {
 
 /// Private subnets to suggest when the configured one is taken.
 pub(crate) fn subnet_candidates() -> impl Iterator<Item = Ipv4Net> {
-    (200..=250).rev().filter_map(|second| Ipv4Net::new(Ipv4Addr::new(10, second, 0, 0), 16))
+    (200..=250)
+        .rev()
+        .filter_map(|second| Ipv4Net::new(Ipv4Addr::new(10, second, 0, 0), 16))
 }

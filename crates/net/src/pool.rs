@@ -101,7 +101,10 @@ impl State {
             }
         }
         if let Err(error) = news {
-            tracing::warn!(error = &error as &dyn std::error::Error, "no network slot could be made");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "no network slot could be made"
+            );
         }
     }
 }
@@ -124,10 +127,14 @@ impl SlotPool {
             Ok::<_, NetError>((host, found))
         })
         .await??;
-        let visitor = Visitor::start().map_err(|e| NetError::step("start a thread", "wrenn-netns", e))?;
+        let visitor =
+            Visitor::start().map_err(|e| NetError::step("start a thread", "wrenn-netns", e))?;
         let pool = Self {
             shared: Arc::new(Shared {
-                state: Mutex::new(State { left_over: found, ..State::default() }),
+                state: Mutex::new(State {
+                    left_over: found,
+                    ..State::default()
+                }),
                 config,
                 visitor,
                 host,
@@ -183,7 +190,11 @@ impl SlotPool {
     }
 
     fn slot(&self, plumbing: Arc<Plumbing>) -> Slot {
-        Slot::new(plumbing, Arc::clone(&self.shared.config), self.shared.visitor.clone())
+        Slot::new(
+            plumbing,
+            Arc::clone(&self.shared.config),
+            self.shared.visitor.clone(),
+        )
     }
 
     /// Gives a slot back. Its dialers stop working; its tap must be closed by now or within two
@@ -197,7 +208,10 @@ impl SlotPool {
         {
             let mut state = self.shared.lock();
             if !state.taken.remove(&plumbing.index) {
-                tracing::error!(slot = plumbing.name, "given back to a pool it was not taken from");
+                tracing::error!(
+                    slot = plumbing.name,
+                    "given back to a pool it was not taken from"
+                );
                 return;
             }
             state.working.insert(plumbing.index);
@@ -272,10 +286,15 @@ impl SlotPool {
                     || state.working.contains(index)
                     || state.idle.iter().any(|slot| slot.index == *index)
             };
-            let doomed: Vec<u32> =
-                found.iter().copied().filter(|index| !in_use.contains(index) && !ours(index)).collect();
-            state.left_over =
-                found.into_iter().filter(|index| in_use.contains(index) && !ours(index)).collect();
+            let doomed: Vec<u32> = found
+                .iter()
+                .copied()
+                .filter(|index| !in_use.contains(index) && !ours(index))
+                .collect();
+            state.left_over = found
+                .into_iter()
+                .filter(|index| in_use.contains(index) && !ours(index))
+                .collect();
             state.working.extend(&doomed);
             doomed
         };
@@ -285,7 +304,10 @@ impl SlotPool {
         let mut state = self.shared.lock();
         for index in doomed {
             state.working.remove(&index);
-            if report.as_ref().is_ok_and(|report| report.failed.iter().any(|(of, _)| *of == index)) {
+            if report
+                .as_ref()
+                .is_ok_and(|report| report.failed.iter().any(|(of, _)| *of == index))
+            {
                 state.left_over.insert(index);
             }
         }
@@ -296,7 +318,7 @@ impl SlotPool {
 
     /// Ends the pool: idle slots are removed; taken ones stay for a later agent, and while
     /// there are any the host's table stays too, for it protects the host from them.
-    pub async fn shutdown(self) {
+    pub async fn shutdown(&self) {
         let idle = {
             let mut state = self.shared.lock();
             state.closed = true;
@@ -326,14 +348,21 @@ impl SlotPool {
             (state.taken.len(), state.left_over.len())
         };
         if taken + left_over > 0 {
-            tracing::info!(taken, left_over, "network slots stay for the sandboxes that run on");
-            return;
+            tracing::info!(
+                taken,
+                left_over,
+                "network slots stay for the sandboxes that run on"
+            );
+        } else {
+            let shared = Arc::clone(&self.shared);
+            let removed = blocking(move || shared.host.tear_down(&shared.config)).await;
+            if let Err(error) = removed.and_then(|removed| removed) {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "the host's nftables table stays");
+            }
         }
-        let shared = Arc::clone(&self.shared);
-        let removed = blocking(move || shared.host.tear_down(&shared.config)).await;
-        if let Err(error) = removed.and_then(|removed| removed) {
-            tracing::warn!(error = &error as &dyn std::error::Error, "the host's nftables table stays");
-        }
+        // Not left to the last clone of the pool: the next process may start now.
+        self.shared.host.release();
     }
 }
 
@@ -346,8 +375,17 @@ impl Shared {
     /// Starts making as many slots as are wanted and allowed.
     fn refill(self: &Arc<Self>) {
         let mut state = self.lock();
-        while !state.closed && state.idle.len() + state.making < self.config.ready + state.waiting.len() {
-            let Some(index) = state.free_index(self.config.max_slots) else { return };
+        while !state.closed
+            && state.idle.len() + state.making < self.config.ready + state.waiting.len()
+        {
+            let max = self.config.max_slots;
+            let Some(index) = state.free_index(max) else {
+                // Nothing under way that could free one: nobody must wait for ever.
+                while state.working.is_empty() && !state.waiting.is_empty() {
+                    state.tell_next(Err(NetError::OutOfSlots { max }));
+                }
+                return;
+            };
             state.working.insert(index);
             state.making += 1;
             let shared = Arc::clone(self);
@@ -381,9 +419,14 @@ impl Shared {
                 }
             }
         };
-        match doomed {
-            Some(slot) => self.discard(Arc::new(slot)).await,
-            None => self.work_ended.notify_waiters(),
+        if let Some(slot) = doomed {
+            return self.discard(Arc::new(slot)).await;
+        }
+        self.work_ended.notify_waiters();
+        // Others who wait get their own attempt, and if it fails the reason; without them a
+        // failure is not repeated until somebody takes a slot.
+        if !self.lock().waiting.is_empty() {
+            self.refill();
         }
     }
 
@@ -391,7 +434,11 @@ impl Shared {
         let cleaned = self.clean(&slot).await;
         if let Err(error) = &cleaned {
             let error: &dyn std::error::Error = error;
-            tracing::warn!(slot = slot.name, error, "a network slot did not come clean and is removed");
+            tracing::warn!(
+                slot = slot.name,
+                error,
+                "a network slot did not come clean and is removed"
+            );
         }
         {
             let mut state = self.lock();
@@ -434,7 +481,11 @@ impl Shared {
             state.working.remove(&index);
             if let Err(error) = removed {
                 let error: &dyn std::error::Error = &error;
-                tracing::warn!(slot = name, error, "a network slot stays until the next sweep");
+                tracing::warn!(
+                    slot = name,
+                    error,
+                    "a network slot stays until the next sweep"
+                );
                 state.left_over.insert(index);
             }
         }

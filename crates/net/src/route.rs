@@ -85,21 +85,25 @@ pub(crate) fn make_veth(
     other: BorrowedFd<'_>,
 ) -> io::Result<()> {
     let single_queue = |attrs: &mut Attrs| {
-        attrs.native(IFLA_NUM_TX_QUEUES, 1).native(IFLA_NUM_RX_QUEUES, 1);
+        attrs
+            .native(IFLA_NUM_TX_QUEUES, 1)
+            .native(IFLA_NUM_RX_QUEUES, 1);
     };
-    let request = Request::new(RTM_NEWLINK, CREATE | EXCLUSIVE, &ifinfomsg(0, 0, 0)).attrs(|attrs| {
-        attrs.text(IFLA_IFNAME, inside);
-        single_queue(attrs);
-        attrs.nest(IFLA_LINKINFO, |info| {
-            info.text(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |data| {
-                data.nest(VETH_INFO_PEER, |peer| {
-                    peer.raw(&ifinfomsg(0, 0, 0)).text(IFLA_IFNAME, outside);
-                    single_queue(peer);
-                    peer.bytes(IFLA_NET_NS_FD, &other.as_raw_fd().to_ne_bytes());
-                });
+    let request =
+        Request::new(RTM_NEWLINK, CREATE | EXCLUSIVE, &ifinfomsg(0, 0, 0)).attrs(|attrs| {
+            attrs.text(IFLA_IFNAME, inside);
+            single_queue(attrs);
+            attrs.nest(IFLA_LINKINFO, |info| {
+                info.text(IFLA_INFO_KIND, "veth")
+                    .nest(IFLA_INFO_DATA, |data| {
+                        data.nest(VETH_INFO_PEER, |peer| {
+                            peer.raw(&ifinfomsg(0, 0, 0)).text(IFLA_IFNAME, outside);
+                            single_queue(peer);
+                            peer.bytes(IFLA_NET_NS_FD, &other.as_raw_fd().to_ne_bytes());
+                        });
+                    });
             });
         });
-    });
     socket.call(&request)
 }
 
@@ -122,14 +126,22 @@ pub(crate) fn no_ipv6_address(socket: &mut Socket, link: u32) -> io::Result<()> 
     });
     match socket.call(&request) {
         // A host without IPv6 has nothing to keep.
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) => Ok(()),
+        Err(error)
+            if error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) =>
+        {
+            Ok(())
+        }
         result => result,
     }
 }
 
 /// Brings a link up.
 pub(crate) fn bring_up(socket: &mut Socket, link: u32) -> io::Result<()> {
-    socket.call(&Request::new(RTM_SETLINK, 0, &ifinfomsg(link, IFF_UP, IFF_UP)))
+    socket.call(&Request::new(
+        RTM_SETLINK,
+        0,
+        &ifinfomsg(link, IFF_UP, IFF_UP),
+    ))
 }
 
 /// Deletes a link, and with it its peer.
@@ -149,7 +161,9 @@ pub(crate) fn add_addr(
     ifaddrmsg[1] = prefix_len;
     ifaddrmsg[4..8].copy_from_slice(&link.to_ne_bytes());
     let request = Request::new(RTM_NEWADDR, CREATE | EXCLUSIVE, &ifaddrmsg).attrs(|attrs| {
-        attrs.bytes(IFA_LOCAL, &addr.octets()).bytes(IFA_ADDRESS, &addr.octets());
+        attrs
+            .bytes(IFA_LOCAL, &addr.octets())
+            .bytes(IFA_ADDRESS, &addr.octets());
     });
     socket.call(&request)
 }
@@ -166,7 +180,9 @@ pub(crate) fn add_default_route(
     rtmsg[5] = PROTOCOL_STATIC;
     rtmsg[7] = TYPE_UNICAST;
     let request = Request::new(RTM_NEWROUTE, CREATE | EXCLUSIVE, &rtmsg).attrs(|attrs| {
-        attrs.native(RTA_OIF, link).bytes(RTA_GATEWAY, &gateway.octets());
+        attrs
+            .native(RTA_OIF, link)
+            .bytes(RTA_GATEWAY, &gateway.octets());
     });
     socket.call(&request)
 }
@@ -210,10 +226,13 @@ pub(crate) fn link_index(socket: &Socket, name: &str) -> io::Result<u32> {
 /// Whether a tap has an open queue; the kernel shows that as carrier.
 pub(crate) fn has_carrier(socket: &mut Socket, link: u32) -> io::Result<bool> {
     let mut carrier = false;
-    socket.query(&Request::new(RTM_GETLINK, 0, &ifinfomsg(link, 0, 0)), |answer| {
-        carrier = attributes(answer.body, IFINFOMSG)
-            .any(|(kind, data)| kind == IFLA_CARRIER && data == [1]);
-    })?;
+    socket.query(
+        &Request::new(RTM_GETLINK, 0, &ifinfomsg(link, 0, 0)),
+        |answer| {
+            carrier = attributes(answer.body, IFINFOMSG)
+                .any(|(kind, data)| kind == IFLA_CARRIER && data == [1]);
+        },
+    )?;
     Ok(carrier)
 }
 
@@ -222,26 +241,31 @@ pub(crate) fn routes(socket: &mut Socket) -> io::Result<Vec<Route>> {
     let mut rtmsg = [0; RTMSG];
     rtmsg[0] = AF_INET;
     let mut found = Vec::new();
-    socket.query(&Request::new(RTM_GETROUTE, ROOT_MATCH_DUMP, &rtmsg), |answer| {
-        let len = answer.body.get(1).copied().unwrap_or_default();
-        let mut to = Ipv4Addr::UNSPECIFIED;
-        let mut link = 0;
-        for (kind, data) in attributes(answer.body, RTMSG) {
-            match (kind, <[u8; 4]>::try_from(data)) {
-                (RTA_DST, Ok(octets)) => to = Ipv4Addr::from(octets),
-                (RTA_OIF, Ok(number)) => link = u32::from_ne_bytes(number),
-                _ => {}
+    socket.query(
+        &Request::new(RTM_GETROUTE, ROOT_MATCH_DUMP, &rtmsg),
+        |answer| {
+            let len = answer.body.get(1).copied().unwrap_or_default();
+            let mut to = Ipv4Addr::UNSPECIFIED;
+            let mut link = 0;
+            for (kind, data) in attributes(answer.body, RTMSG) {
+                match (kind, <[u8; 4]>::try_from(data)) {
+                    (RTA_DST, Ok(octets)) => to = Ipv4Addr::from(octets),
+                    (RTA_OIF, Ok(number)) => link = u32::from_ne_bytes(number),
+                    _ => {}
+                }
             }
-        }
-        if let (RTM_NEWROUTE, Some(to)) = (answer.kind, Ipv4Net::new(to, len)) {
-            found.push(Route { to, link });
-        }
-    })?;
+            if let (RTM_NEWROUTE, Some(to)) = (answer.kind, Ipv4Net::new(to, len)) {
+                found.push(Route { to, link });
+            }
+        },
+    )?;
     Ok(found)
 }
 
 fn number_at(body: &[u8], at: usize) -> Option<u32> {
-    body.get(at..)?.first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes))
+    body.get(at..)?
+        .first_chunk::<4>()
+        .map(|bytes| u32::from_ne_bytes(*bytes))
 }
 
 fn text_attr(body: &[u8], wanted: u16) -> Option<String> {

@@ -32,7 +32,12 @@ pub struct Slot {
 
 impl Slot {
     pub(crate) fn new(plumbing: Arc<Plumbing>, config: Arc<NetConfig>, visitor: Visitor) -> Self {
-        Self { plumbing, held: Arc::new(AtomicBool::new(true)), config, visitor }
+        Self {
+            plumbing,
+            held: Arc::new(AtomicBool::new(true)),
+            config,
+            visitor,
+        }
     }
 
     /// The number by which a later agent adopts this slot.
@@ -76,7 +81,9 @@ impl Slot {
         self.visitor
             .visit(&self.plumbing.namespace, plumbing::bind_dns)
             .await
-            .map_err(|e| NetError::step("bind the resolver's sockets", self.plumbing.name.clone(), e))
+            .map_err(|e| {
+                NetError::step("bind the resolver's sockets", self.plumbing.name.clone(), e)
+            })
     }
 
     /// The way into the guest.
@@ -104,9 +111,9 @@ impl Slot {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, NetError> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
-        NetError::step("finish work on a slot", "task", io::Error::other(error))
-    })
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| NetError::step("finish work on a slot", "task", io::Error::other(error)))
 }
 
 /// Opens connections to a slot's guest, from sockets inside the slot's namespace.

@@ -42,10 +42,18 @@ pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     }
     request.name[..bytes.len()].copy_from_slice(bytes);
-    let tap = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    let tap = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
     // SAFETY: TUNSETIFF reads a `struct ifreq` from the pointer and writes one back to it;
     // `TapRequest` has its layout and size (asserted above) and lives until the call returns.
-    unsafe { ioctl(&tap, Updater::<{ TUNSETIFF as _ }, TapRequest>::new(&mut request)) }?;
+    unsafe {
+        ioctl(
+            &tap,
+            Updater::<{ TUNSETIFF as _ }, TapRequest>::new(&mut request),
+        )
+    }?;
     Ok(tap.into())
 }
 

@@ -29,7 +29,9 @@ impl World {
     fn new(name: &str, third: u8, addrs: &[&str]) -> Self {
         let net = Netns::new(&format!("{name}-world"));
         let host = format!("10.250.{third}.1");
-        run(&format!("ip link add {name}w type veth peer name eth0 netns {name}-world"));
+        run(&format!(
+            "ip link add {name}w type veth peer name eth0 netns {name}-world"
+        ));
         run(&format!("ip addr add {host}/30 dev {name}w"));
         run(&format!("ip link set {name}w up"));
         net.ip(&format!("addr add 10.250.{third}.2/30 dev eth0"));
@@ -40,9 +42,12 @@ impl World {
             net.ip(&format!("addr add {addr}/32 dev lo"));
             run(&format!("ip route add {addr}/32 via 10.250.{third}.2"));
         }
-        Self { net, host, addrs: addrs.iter().map(ToString::to_string).collect() }
+        Self {
+            net,
+            host,
+            addrs: addrs.iter().map(ToString::to_string).collect(),
+        }
     }
-
 }
 
 impl Drop for World {
@@ -55,7 +60,8 @@ impl Drop for World {
 /// From the host itself: proof that somebody listens.
 fn answers_the_host(addr: &str) {
     let addr: SocketAddr = addr.parse().unwrap();
-    TcpStream::connect_timeout(&addr, Duration::from_secs(2)).unwrap_or_else(|e| panic!("{addr}: {e}"));
+    TcpStream::connect_timeout(&addr, Duration::from_secs(2))
+        .unwrap_or_else(|e| panic!("{addr}: {e}"));
 }
 
 #[track_caller]
@@ -70,7 +76,15 @@ async fn g35_a_guest_reaches_the_internet_and_nothing_else() {
     let world = World::new(
         "nia",
         11,
-        &["203.0.113.11", "198.51.100.11", "172.31.99.11", "192.168.99.11", "100.99.99.11", "169.254.99.11", "198.19.99.11"],
+        &[
+            "203.0.113.11",
+            "198.51.100.11",
+            "172.31.99.11",
+            "192.168.99.11",
+            "100.99.99.11",
+            "169.254.99.11",
+            "198.19.99.11",
+        ],
     );
     let bed = Bed::new("nia", 11);
     let mut config = bed.config();
@@ -107,7 +121,15 @@ async fn g35_a_guest_reaches_the_internet_and_nothing_else() {
     let port = on_host.addr.port();
     let mut of_host: Vec<String> = run("ip -o -4 addr show")
         .lines()
-        .filter_map(|line| Some(line.split_whitespace().nth(3)?.split('/').next()?.to_owned()))
+        .filter_map(|line| {
+            Some(
+                line.split_whitespace()
+                    .nth(3)?
+                    .split('/')
+                    .next()?
+                    .to_owned(),
+            )
+        })
         .filter(|addr| !addr.starts_with("127."))
         .collect();
     of_host.push(world.host.clone());
@@ -125,13 +147,21 @@ async fn g35_a_guest_reaches_the_internet_and_nothing_else() {
     refused_at_once(&guest, "169.254.0.22:7003");
     refused_at_once(&guest, &format!("{}:7003", slot.outside_addr()));
     // Metadata, multicast, reserved, broadcast.
-    for addr in ["169.254.169.254:80", "168.63.129.16:80", "240.0.0.1:80", "0.0.0.1:80"] {
+    for addr in [
+        "169.254.169.254:80",
+        "168.63.129.16:80",
+        "240.0.0.1:80",
+        "0.0.0.1:80",
+    ] {
         refused_at_once(&guest, addr);
     }
     for addr in ["224.0.0.251:5353", "172.31.99.11:7001", "169.254.0.22:67"] {
         let start = Instant::now();
         let error = guest.ask(addr, b"anybody?").unwrap_err();
-        assert!(addr.starts_with("224") || start.elapsed() < AT_ONCE, "{addr}: {error}");
+        assert!(
+            addr.starts_with("224") || start.elapsed() < AT_ONCE,
+            "{addr}: {error}"
+        );
     }
 
     drop((guest, neighbour, in_slot, internet));
@@ -152,34 +182,55 @@ async fn g35_neither_ipv6_nor_a_forged_source_gets_out() {
     let slot = pool.take().await.unwrap();
     let guest = Guest::new("nib-guest", &slot).await;
 
-    let ear = world.net.inside(|| UdpSocket::bind("0.0.0.0:7001").unwrap());
-    ear.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let ear = world
+        .net
+        .inside(|| UdpSocket::bind("0.0.0.0:7001").unwrap());
+    ear.set_read_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
     let mut buffer = [0; 64];
     guest.net.ip("addr add 10.77.0.1/32 dev eth0");
     guest.net.ip("addr add 8.8.4.4/32 dev eth0");
     let send = |from: &'static str| {
         guest.net.inside(move || {
-            UdpSocket::bind((from, 0)).unwrap().send_to(from.as_bytes(), "203.0.113.12:7001").unwrap()
+            UdpSocket::bind((from, 0))
+                .unwrap()
+                .send_to(from.as_bytes(), "203.0.113.12:7001")
+                .unwrap()
         })
     };
-    for forged in ["10.77.0.1", "8.8.4.4"] {
-        send(forged);
-        assert!(ear.recv_from(&mut buffer).is_err(), "a packet from {forged} arrived");
-    }
+    // The control comes first, and with it the gateway's MAC into the guest's table.
     send("169.254.0.21");
     let (len, from) = ear.recv_from(&mut buffer).unwrap();
     assert_eq!(&buffer[..len], b"169.254.0.21");
-    assert_eq!(from.ip().to_string(), world.host, "masqueraded behind the host");
+    assert_eq!(
+        from.ip().to_string(),
+        world.host,
+        "masqueraded behind the host"
+    );
+    for forged in ["10.77.0.1", "8.8.4.4"] {
+        send(forged);
+        assert!(
+            ear.recv_from(&mut buffer).is_err(),
+            "a packet from {forged} arrived"
+        );
+    }
 
     // The guest has IPv6 and knows where to send it; the world answers by IPv6 on the host's
     // side of the slot, if anything does.
     guest.net.ip("addr add fd00:77::21/64 dev eth0 nodad");
-    guest.net.ip("neigh add fd00:77::22 lladdr 02:fc:00:00:00:06 dev eth0");
+    guest
+        .net
+        .ip("neigh add fd00:77::22 lladdr 02:fc:00:00:00:06 dev eth0");
     guest.net.ip("route add default via fd00:77::22");
     let on_host = Listener::on("[::]:0");
     let port = on_host.addr.port();
     answers_the_host(&format!("[::1]:{port}"));
-    for addr in ["fd00:77::22", "2001:db8::1", "::ffff:203.0.113.13", "64:ff9b::a00:1"] {
+    for addr in [
+        "fd00:77::22",
+        "2001:db8::1",
+        "::ffff:203.0.113.13",
+        "64:ff9b::a00:1",
+    ] {
         let (result, _) = guest.connect(&format!("[{addr}]:{port}"));
         assert!(result.is_err(), "{addr} answered");
     }
@@ -201,9 +252,13 @@ async fn g35_internet_off_cuts_open_connections_and_names_too() {
     let pool = SlotPool::start(config).await.unwrap();
     let slot = pool.take().await.unwrap();
     let guest = Guest::new("nic-guest", &slot).await;
-    let internet = world.net.inside(|| std::net::TcpListener::bind("0.0.0.0:7001").unwrap());
+    let internet = world
+        .net
+        .inside(|| std::net::TcpListener::bind("0.0.0.0:7001").unwrap());
 
-    let mut stream = guest.net.inside(|| TcpStream::connect("203.0.113.13:7001").unwrap());
+    let mut stream = guest
+        .net
+        .inside(|| TcpStream::connect("203.0.113.13:7001").unwrap());
     let (mut served, _) = internet.accept().unwrap();
     stream.write_all(b"one").unwrap();
     let mut buffer = [0; 3];
@@ -214,8 +269,13 @@ async fn g35_internet_off_cuts_open_connections_and_names_too() {
     eprintln!("policy change: {:?}", start.elapsed());
     assert!(start.elapsed() < Duration::from_millis(100));
     stream.write_all(b"two").unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-    assert_eq!(stream.read(&mut buffer).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    stream
+        .set_read_timeout(Some(Duration::from_secs(2)))
+        .unwrap();
+    assert_eq!(
+        stream.read(&mut buffer).unwrap_err().kind(),
+        ErrorKind::ConnectionReset
+    );
     refused_at_once(&guest, "203.0.113.13:7001");
     let start = Instant::now();
     assert!(guest.ask("169.254.0.22:53", b"any name").is_err());
@@ -253,7 +313,10 @@ async fn g35_internet_off_cuts_open_connections_and_names_too() {
 fn received(guest: &Guest) -> u64 {
     guest.net.inside(|| {
         let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
-        let line = table.lines().find(|line| line.trim().starts_with("eth0:")).unwrap();
+        let line = table
+            .lines()
+            .find(|line| line.trim().starts_with("eth0:"))
+            .unwrap();
         line.split_whitespace().nth(2).unwrap().parse().unwrap()
     })
 }
@@ -269,10 +332,16 @@ async fn g35_open_flows_of_one_tenant_do_not_reach_the_next() {
     let slot = pool.take().await.unwrap();
     let guest = Guest::new("nid-guest1", &slot).await;
     // The guest's connection outwards, and the agent's connection inwards.
-    let internet = world.net.inside(|| std::net::TcpListener::bind("0.0.0.0:7001").unwrap());
-    let outward = guest.net.inside(|| TcpStream::connect("203.0.113.14:7001").unwrap());
+    let internet = world
+        .net
+        .inside(|| std::net::TcpListener::bind("0.0.0.0:7001").unwrap());
+    let outward = guest
+        .net
+        .inside(|| TcpStream::connect("203.0.113.14:7001").unwrap());
     let (mut served, _) = internet.accept().unwrap();
-    let in_guest = guest.net.inside(|| std::net::TcpListener::bind("0.0.0.0:7002").unwrap());
+    let in_guest = guest
+        .net
+        .inside(|| std::net::TcpListener::bind("0.0.0.0:7002").unwrap());
     let dialer = slot.guest();
     let mut inward = dialer.connect(7002).await.unwrap();
     let (mut accepted, _) = in_guest.accept().unwrap();
@@ -282,10 +351,16 @@ async fn g35_open_flows_of_one_tenant_do_not_reach_the_next() {
     assert!(received(&guest) > 0, "the counter counts");
     // The machine is gone without a word.
     drop(guest);
-    inward.write_all(b"a secret of the first tenant").await.unwrap();
+    inward
+        .write_all(b"a secret of the first tenant")
+        .await
+        .unwrap();
     served.write_all(b"another").unwrap();
     pool.give_back(slot).await;
-    assert_eq!(dialer.connect(7002).await.unwrap_err().kind(), ErrorKind::NotConnected);
+    assert_eq!(
+        dialer.connect(7002).await.unwrap_err().kind(),
+        ErrorKind::NotConnected
+    );
 
     let slot = pool.take().await.unwrap();
     let guest = Guest::new("nid-guest2", &slot).await;
@@ -293,7 +368,11 @@ async fn g35_open_flows_of_one_tenant_do_not_reach_the_next() {
     inward.write_all(b"and more").await.unwrap();
     // Several retransmissions of both.
     tokio::time::sleep(Duration::from_millis(2500)).await;
-    assert_eq!(received(&guest), 0, "packets of the first tenant's connections");
+    assert_eq!(
+        received(&guest),
+        0,
+        "packets of the first tenant's connections"
+    );
     drop((guest, outward, inward, accepted, in_guest));
     pool.give_back(slot).await;
     pool.shutdown().await;
@@ -318,7 +397,10 @@ async fn the_agent_dials_into_the_guest() {
     }
     times.sort();
     eprintln!("dial: median {:?}, worst {:?}", times[25], times[49]);
-    assert_eq!(dialer.connect(7999).await.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(
+        dialer.connect(7999).await.unwrap_err().kind(),
+        ErrorKind::ConnectionRefused
+    );
     // From the host there is no way in but this one.
     let addr = SocketAddr::from((slot.outside_addr(), in_guest.addr.port()));
     assert!(TcpStream::connect_timeout(&addr, Duration::from_millis(300)).is_err());

@@ -34,7 +34,11 @@ impl Query {
             return None;
         }
         let end = question_end(bytes)?;
-        Some(Self { bytes: bytes.to_vec(), id: [id0, id1], end })
+        Some(Self {
+            bytes: bytes.to_vec(),
+            id: [id0, id1],
+            end,
+        })
     }
 
     /// The query under another number.
@@ -123,14 +127,20 @@ mod tests {
     fn answers_that_were_not_asked_for_are_dropped() {
         let read = Query::read(&query([1, 2], "example.org")).unwrap();
         let mut reply = query([9, 9], "example.org");
-        assert!(read.answer(&reply, [9, 9]).is_none(), "a query is no answer");
+        assert!(
+            read.answer(&reply, [9, 9]).is_none(),
+            "a query is no answer"
+        );
         reply[2] |= ANSWER;
         assert!(read.answer(&reply, [9, 8]).is_none(), "another number");
         let mut other = query([9, 9], "example.com");
         other[2] |= ANSWER;
         assert!(read.answer(&other, [9, 9]).is_none(), "another question");
         let bare = [9, 9, ANSWER, 1, 0, 0, 0, 0, 0, 0, 0, 0];
-        assert!(read.answer(&bare, [9, 9]).is_some(), "format error without the question");
+        assert!(
+            read.answer(&bare, [9, 9]).is_some(),
+            "format error without the question"
+        );
     }
 
     #[test]
@@ -149,7 +159,15 @@ mod tests {
         for cut in 0..good.len() {
             assert!(Query::read(&good[..cut]).is_none(), "cut at {cut}");
         }
-        for (at, value) in [(2, 0x80), (2, 0x28), (5, 2), (5, 0), (7, 1), (12, 0xc0), (12, 64)] {
+        for (at, value) in [
+            (2, 0x80),
+            (2, 0x28),
+            (5, 2),
+            (5, 0),
+            (7, 1),
+            (12, 0xc0),
+            (12, 64),
+        ] {
             let mut bad = good.clone();
             bad[at] = value;
             assert!(Query::read(&bad).is_none(), "byte {at} = {value}");

@@ -33,12 +33,14 @@ pub(super) fn serve(listener: &TcpListener, upstreams: Upstreams) {
         let place = Place::take(&open);
         let upstreams = upstreams.clone();
         if let Some(place) = place {
-            let started = std::thread::Builder::new().stack_size(STACK).spawn(move || {
-                if let Err(error) = converse(stream, upstreams) {
-                    tracing::debug!(%error, "a connection to the resolver ended early");
-                }
-                drop(place);
-            });
+            let started = std::thread::Builder::new()
+                .stack_size(STACK)
+                .spawn(move || {
+                    if let Err(error) = converse(stream, upstreams) {
+                        tracing::debug!(%error, "a connection to the resolver ended early");
+                    }
+                    drop(place);
+                });
             if let Err(error) = started {
                 tracing::warn!(%error, "no thread for a connection to the resolver");
             }
@@ -69,9 +71,13 @@ fn converse(mut guest: TcpStream, mut upstreams: Upstreams) -> io::Result<()> {
     let end = Instant::now() + LIFETIME;
     guest.set_write_timeout(Some(PATIENCE))?;
     loop {
-        let Some(message) = read_message(&mut guest, end)? else { return Ok(()) };
+        let Some(message) = read_message(&mut guest, end)? else {
+            return Ok(());
+        };
         // Unlike a datagram, a stream has no next message to wait for after nonsense.
-        let Some(query) = Query::read(&message) else { return Ok(()) };
+        let Some(query) = Query::read(&message) else {
+            return Ok(());
+        };
         let answer = upstreams
             .current()
             .iter()

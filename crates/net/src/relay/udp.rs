@@ -76,20 +76,29 @@ fn wait(guest: &UdpSocket, flights: &[InFlight]) -> io::Result<Vec<usize>> {
         .chain(flights.iter().map(|flight| &flight.socket))
         .map(|socket| PollFd::new(socket, PollFlags::IN))
         .collect();
-    let timeout = flights.iter().map(|flight| flight.deadline).min().map(|deadline| {
-        let left = deadline.saturating_duration_since(Instant::now());
-        // Rounded up: waking just before a deadline would spin.
-        let left = left + Duration::from_millis(1);
-        Timespec {
-            tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: left.subsec_nanos().into(),
-        }
-    });
+    let timeout = flights
+        .iter()
+        .map(|flight| flight.deadline)
+        .min()
+        .map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // Rounded up: waking just before a deadline would spin.
+            let left = left + Duration::from_millis(1);
+            Timespec {
+                tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            }
+        });
     match poll(&mut fds, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(errno) => return Err(errno.into()),
     }
-    Ok(fds.iter().enumerate().filter(|(_, fd)| !fd.revents().is_empty()).map(|(at, _)| at).collect())
+    Ok(fds
+        .iter()
+        .enumerate()
+        .filter(|(_, fd)| !fd.revents().is_empty())
+        .map(|(at, _)| at)
+        .collect())
 }
 
 /// Takes what the guest has sent.
@@ -110,8 +119,14 @@ fn accept(
                 _ => return Err(error),
             },
         };
-        let Some(query) = Query::read(&buffer[..len]) else { continue };
-        let flight = if flights.len() < MOST_IN_FLIGHT { launch(query.clone(), from, upstreams) } else { None };
+        let Some(query) = Query::read(&buffer[..len]) else {
+            continue;
+        };
+        let flight = if flights.len() < MOST_IN_FLIGHT {
+            launch(query.clone(), from, upstreams)
+        } else {
+            None
+        };
         match flight {
             Some(flight) => flights.push(flight),
             None => reply(guest, from, &query.failure()),
@@ -128,7 +143,14 @@ fn launch(query: Query, guest: SocketAddr, upstreams: &mut Upstreams) -> Option<
     (0..ATTEMPTS).find_map(|attempt| {
         let (socket, id) = ask(&query, addrs[attempt % addrs.len()]).ok()?;
         let deadline = Instant::now() + PATIENCE;
-        Some(InFlight { query: query.clone(), guest, socket, id, attempts: attempt + 1, deadline })
+        Some(InFlight {
+            query: query.clone(),
+            guest,
+            socket,
+            id,
+            attempts: attempt + 1,
+            deadline,
+        })
     })
 }
 

@@ -29,25 +29,44 @@ impl Upstreams {
 
     /// Those of a file in the format of resolv.conf(5), read again when it changes.
     pub fn from_file(path: impl Into<PathBuf>) -> Self {
-        Self { file: Some(path.into()), addrs: Vec::new(), seen: None, looked: None }
+        Self {
+            file: Some(path.into()),
+            addrs: Vec::new(),
+            seen: None,
+            looked: None,
+        }
     }
 
     /// These and no others.
     pub fn fixed(addrs: impl IntoIterator<Item = SocketAddr>) -> Self {
-        Self { file: None, addrs: addrs.into_iter().collect(), seen: None, looked: None }
+        Self {
+            file: None,
+            addrs: addrs.into_iter().collect(),
+            seen: None,
+            looked: None,
+        }
     }
 
     /// The resolvers as of now, in order of preference.
     pub(super) fn current(&mut self) -> &[SocketAddr] {
-        let Some(file) = &self.file else { return &self.addrs };
-        if self.looked.is_some_and(|at| at.elapsed() < LOOK_AGAIN_AFTER) {
+        let Some(file) = &self.file else {
+            return &self.addrs;
+        };
+        if self
+            .looked
+            .is_some_and(|at| at.elapsed() < LOOK_AGAIN_AFTER)
+        {
             return &self.addrs;
         }
         self.looked = Some(Instant::now());
-        let seen = fs::metadata(file).and_then(|meta| Ok((meta.modified()?, meta.len()))).ok();
+        let seen = fs::metadata(file)
+            .and_then(|meta| Ok((meta.modified()?, meta.len())))
+            .ok();
         if seen.is_none() || seen != self.seen {
             // A host without the file, or with one nobody can read, has no resolver.
-            self.addrs = fs::read_to_string(file).map(|text| parse(&text)).unwrap_or_default();
+            self.addrs = fs::read_to_string(file)
+                .map(|text| parse(&text))
+                .unwrap_or_default();
             self.seen = seen;
         }
         &self.addrs
@@ -59,7 +78,9 @@ fn parse(text: &str) -> Vec<SocketAddr> {
     text.lines()
         .filter_map(|line| {
             let mut words = line.split_whitespace();
-            (words.next()? == "nameserver").then(|| words.next()).flatten()
+            (words.next()? == "nameserver")
+                .then(|| words.next())
+                .flatten()
         })
         .filter_map(address)
         .take(MOST)
@@ -73,7 +94,11 @@ fn address(text: &str) -> Option<SocketAddr> {
     };
     let addr: Ipv6Addr = addr.parse().ok()?;
     let scope = link.parse().ok().or_else(|| {
-        fs::read_to_string(format!("/sys/class/net/{link}/ifindex")).ok()?.trim().parse().ok()
+        fs::read_to_string(format!("/sys/class/net/{link}/ifindex"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
     })?;
     Some(SocketAddrV6::new(addr, DNS_PORT, 0, scope).into())
 }

@@ -28,7 +28,11 @@ pub struct Bed {
 impl Bed {
     pub fn new(prefix: &'static str, third: u8) -> Self {
         let subnet = format!("10.251.{third}.0/24");
-        Self { prefix, subnet, folder: tempfile::tempdir().unwrap() }
+        Self {
+            prefix,
+            subnet,
+            folder: tempfile::tempdir().unwrap(),
+        }
     }
 
     pub fn config(&self) -> NetConfig {
@@ -44,7 +48,10 @@ impl Bed {
 /// Runs a program and returns what it printed; panics if it fails.
 pub fn run(line: &str) -> String {
     let mut words = line.split_whitespace();
-    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    let output = Command::new(words.next().unwrap())
+        .args(words)
+        .output()
+        .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{line}: {stderr}");
     String::from_utf8(output.stdout).unwrap()
@@ -61,7 +68,9 @@ pub fn host_objects(prefix: &str) -> Vec<String> {
     lists
         .iter()
         .flat_map(|list| list.lines())
-        .filter(|line| line.contains(&format!("{prefix}-")) || line.ends_with(&format!(" {prefix}")))
+        .filter(|line| {
+            line.contains(&format!("{prefix}-")) || line.ends_with(&format!(" {prefix}"))
+        })
         .map(str::to_owned)
         .collect()
 }
@@ -123,16 +132,25 @@ impl Guest {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let cable = std::thread::spawn(move || carry(&tap.into(), &other.into(), &stopped));
-        Self { net, stop, cable: Some(cable) }
+        Self {
+            net,
+            stop,
+            cable: Some(cable),
+        }
     }
 
     /// Connects by TCP: how it went, and how long it took.
     pub fn connect(&self, addr: &str) -> (Result<(), io::ErrorKind>, Duration) {
         let addr: SocketAddr = addr.parse().unwrap();
+        // IPv6 is dropped without an answer.
+        let patience = Duration::from_millis(if addr.is_ipv4() { 3000 } else { 500 });
         self.net.inside(move || {
             let start = Instant::now();
-            let result = TcpStream::connect_timeout(&addr, Duration::from_secs(3));
-            (result.map(drop).map_err(|error| error.kind()), start.elapsed())
+            let result = TcpStream::connect_timeout(&addr, patience);
+            (
+                result.map(drop).map_err(|error| error.kind()),
+                start.elapsed(),
+            )
         })
     }
 
@@ -141,9 +159,13 @@ impl Guest {
         let addr: SocketAddr = addr.parse().unwrap();
         let message = message.to_vec();
         self.net.inside(move || {
-            let any: IpAddr = if addr.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { "::".parse().unwrap() };
+            let any: IpAddr = if addr.is_ipv4() {
+                Ipv4Addr::UNSPECIFIED.into()
+            } else {
+                "::".parse().unwrap()
+            };
             let socket = UdpSocket::bind((any, 0))?;
-            socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+            socket.set_read_timeout(Some(Duration::from_secs(1)))?;
             socket.connect(addr)?;
             socket.send(&message)?;
             let mut buffer = [0; 2048];
@@ -166,7 +188,14 @@ fn carry(a: &File, b: &File, stop: &AtomicBool) {
     let mut frame = vec![0; 70_000];
     while !stop.load(Ordering::Acquire) {
         let mut fds = [PollFd::new(a, PollFlags::IN), PollFd::new(b, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 10_000_000 })).unwrap();
+        poll(
+            &mut fds,
+            Some(&Timespec {
+                tv_sec: 0,
+                tv_nsec: 10_000_000,
+            }),
+        )
+        .unwrap();
         let ready = fds.map(|fd| fd.revents().contains(PollFlags::IN));
         for (is_ready, mut from, mut to) in [(ready[0], a, b), (ready[1], b, a)] {
             if is_ready {
@@ -206,12 +235,18 @@ impl Listener {
             while !stopped.load(Ordering::Acquire) {
                 match listener.accept() {
                     // Who is asked tells who asks.
-                    Ok((mut stream, from)) => drop(stream.write_all(from.ip().to_string().as_bytes())),
+                    Ok((mut stream, from)) => {
+                        drop(stream.write_all(from.ip().to_string().as_bytes()))
+                    }
                     Err(_) => std::thread::sleep(Duration::from_millis(2)),
                 }
             }
         });
-        Self { stop, thread: Some(thread), addr }
+        Self {
+            stop,
+            thread: Some(thread),
+            addr,
+        }
     }
 }
 

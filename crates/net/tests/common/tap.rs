@@ -13,8 +13,18 @@ pub fn open(name: &str) -> OwnedFd {
     let mut ifreq = [0_u8; 40];
     ifreq[..name.len()].copy_from_slice(name.as_bytes());
     ifreq[16..18].copy_from_slice(&((IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as u16).to_ne_bytes());
-    let tap = OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
+    let tap = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
     // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, 40 bytes, which the array has.
-    unsafe { ioctl(&tap, Updater::<{ TUNSETIFF as _ }, [u8; 40]>::new(&mut ifreq)) }.unwrap();
+    unsafe {
+        ioctl(
+            &tap,
+            Updater::<{ TUNSETIFF as _ }, [u8; 40]>::new(&mut ifreq),
+        )
+    }
+    .unwrap();
     tap.into()
 }
