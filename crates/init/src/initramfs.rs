@@ -38,9 +38,14 @@ pub fn run() -> Failure {
 }
 
 fn prepare() -> Result<(), Failure> {
-    for (kind, target) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
+    let strict = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    for (kind, target, flags) in [
+        ("devtmpfs", "/dev", MountFlags::NOSUID),
+        ("proc", "/proc", strict),
+        ("sysfs", "/sys", strict),
+    ] {
         make_directory(target)?;
-        match rustix::mount::mount(kind, target, kind, MountFlags::NOSUID, None) {
+        match rustix::mount::mount(kind, target, kind, flags, None) {
             // The kernel may have mounted devtmpfs by itself.
             Ok(()) | Err(Errno::BUSY) => {}
             Err(error) => return Err(format!("cannot mount {kind} on {target}: {error}")),

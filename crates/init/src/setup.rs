@@ -26,7 +26,7 @@ struct Mount {
 }
 
 /// Kernel settings of a small guest, most of whose life is spent asleep or frozen.
-const SYSCTLS: [(&str, &str); 9] = [
+const SYSCTLS: [(&str, &str); 8] = [
     // Under IPv6 stays only ::1, which programs expect; eth0 never gets an address, so no
     // route around the IPv4 rules exists (guarantee G35).
     ("net/ipv6/conf/default/disable_ipv6", "1"),
@@ -41,8 +41,6 @@ const SYSCTLS: [(&str, &str); 9] = [
     // Development servers watch whole source trees.
     ("fs/inotify/max_user_watches", "524288"),
     ("fs/inotify/max_user_instances", "1024"),
-    // Ctrl-Alt-Del reaches us as a signal instead of a hard reset.
-    ("kernel/ctrl-alt-del", "0"),
 ];
 
 /// Sets the system up. Each step stands alone: a failure is told and the next one tried.
@@ -129,17 +127,23 @@ fn apply(mount: &Mount) -> Result<(), Errno> {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => return Err(error),
     }
-    match rustix::mount::mount(
+    // The initramfs moved some of its own here.
+    if is_mount_point(mount.target)? {
+        return Ok(());
+    }
+    rustix::mount::mount(
         mount.kind,
         mount.target,
         mount.kind,
         mount.flags,
         mount.data,
-    ) {
-        // The initramfs moved its own here.
-        Ok(()) | Err(Errno::BUSY) => Ok(()),
-        Err(error) => Err(error),
-    }
+    )
+}
+
+/// A mount point is on another device than the folder it is in.
+fn is_mount_point(target: &str) -> Result<bool, Errno> {
+    let outside = rustix::fs::stat(format!("{target}/.."))?;
+    Ok(rustix::fs::stat(target)?.st_dev != outside.st_dev)
 }
 
 /// The names under /dev that programs expect and devtmpfs does not make, and folders in
@@ -188,4 +192,16 @@ fn network() -> Result<(), NetlinkError> {
     netlink.link_up("eth0")?;
     netlink.add_address("eth0", ADDRESS, PREFIX_LENGTH)?;
     netlink.add_default_route(GATEWAY)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_told_from_folders() {
+        assert_eq!(is_mount_point("/proc"), Ok(true));
+        assert_eq!(is_mount_point("/etc/ssl"), Ok(false));
+        assert_eq!(is_mount_point("/nonexistent"), Err(Errno::NOENT));
+    }
 }
