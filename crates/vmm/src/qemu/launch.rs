@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use tokio::net::{UnixListener, UnixStream};
@@ -73,6 +73,7 @@ impl QemuVmm {
             identity,
             companions,
         } = spec;
+        let began = Instant::now();
         let listener = listen(&dir)?;
         let mut fds = Descriptors::default();
         let images = open_disk(&disk, &mut fds)?;
@@ -113,6 +114,7 @@ impl QemuVmm {
         let channel = spawn_keeper(&self.launcher, &orders, passed)?;
         let patience = self.info.deadline(KEEPER_PATIENCE);
         let (pids, channel) = await_report(channel, patience).await?;
+        let started = began.elapsed();
         let boot_id = boot_id().map_err(|source| VmmError::Probe {
             what: "its boot id",
             source,
@@ -121,7 +123,12 @@ impl QemuVmm {
         channel.send(&Commit, &[]).map_err(|error| {
             VmmError::Keeper(format!("it ended before the machine was recorded: {error}"))
         })?;
-        QemuMachine::connect(dir, pids, self.patience()).await
+        // QEMU's copy must be the last one, or its end would not close our connection.
+        drop(listener);
+        let recorded = began.elapsed();
+        let machine = QemuMachine::connect(dir, pids, self.patience()).await?;
+        tracing::debug!(?started, ?recorded, connected = ?began.elapsed(), "QEMU answers");
+        Ok(machine)
     }
 }
 

@@ -212,6 +212,11 @@ impl QemuMachine {
         .map(drop)
     }
 
+    /// How it ended, if it is about to.
+    pub(super) async fn ended_soon(&self) -> Option<ExitReason> {
+        seen_end(self.exited.clone(), CLOSED_PATIENCE).await
+    }
+
     pub(super) fn expect_migration(&self) -> watch::Receiver<Migration> {
         self.qmp.expect_migration()
     }

@@ -62,11 +62,14 @@ async fn load(machine: &QemuMachine, state: std::os::fd::BorrowedFd<'_>) -> Resu
     };
     match result {
         Ok(Migration::Completed) => Ok(()),
+        // QEMU ends when it meets a state it cannot load; how it did tells more.
         Ok(_) => Err(VmmError::State {
             doing: "loaded",
-            why: "QEMU gave up without a word".into(),
+            why: match machine.ended_soon().await {
+                Some(reason) => reason.to_string(),
+                None => "QEMU gave up without a word".into(),
+            },
         }),
-        // QEMU ends when it meets a state it cannot load.
         Err(VmmError::Ended { reason, .. }) => Err(VmmError::State {
             doing: "loaded",
             why: reason.to_string(),

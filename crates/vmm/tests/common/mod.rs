@@ -1,0 +1,309 @@
+//! A bed for machines: a kernel, a small guest that prints what it sees, and folders.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use wrenn_types::{MemoryMib, Shape, Vcpus};
+use wrenn_vmm::{
+    BootFiles, BootSpec, DiskChain, IDENTITY_BYTES, Launcher, Machine, MachineSpec, MemoryFile,
+    QemuConfig, QemuVmm, RestoreSpec, SealedMemory, Vmm, create_overlay, probe,
+};
+
+/// In the order in which the kernel needs them.
+const MODULES: [&str; 8] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_mmio",
+    "virtio_blk",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "qemu_fw_cfg",
+];
+
+/// Prints a line five times a second: how often, the identity it reads, its network card,
+/// and what its disk holds, to which it adds the identity it finds changed.
+const INIT: &str = r#"#!/bin/busybox sh
+b=/bin/busybox
+$b mount -t devtmpfs d /dev; $b mount -t proc p /proc; $b mount -t sysfs s /sys
+MODULES
+$b mkdir -p /disk; $b mount -t ext4 -o rw /dev/vda /disk
+exec >/dev/ttyS0 2>&1
+was=; n=0
+while true; do
+  n=$((n+1))
+  id=$($b tr -d '\0' </sys/firmware/qemu_fw_cfg/by_name/opt/wrenn/restore/raw)
+  if [ "$id" != "$was" ]; then was=$id; echo "$id" >>/disk/seen; $b sync; fi
+  mac=$($b cat /sys/class/net/eth0/address 2>/dev/null)
+  echo "TICK $n id=$id disk=$($b tr '\n' ',' </disk/seen) mac=$mac."
+  $b sleep 0.2
+done
+"#;
+
+/// The kernel and the guest, made once per run of the tests.
+pub struct Assets {
+    pub kernel: PathBuf,
+    pub initramfs: PathBuf,
+    pub disk: PathBuf,
+    _dir: TempDir,
+}
+
+pub const DISK_BYTES: u64 = 64 << 20;
+
+pub fn assets() -> &'static Assets {
+    static ASSETS: OnceLock<Assets> = OnceLock::new();
+    ASSETS.get_or_init(|| {
+        let (kernel, modules) = kernel();
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("initramfs");
+        for folder in ["bin", "dev", "proc", "sys", "mods"] {
+            fs::create_dir_all(tree.join(folder)).unwrap();
+        }
+        let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+            .into_iter()
+            .find(|path| Path::new(path).exists())
+            .expect("install busybox-static");
+        fs::copy(busybox, tree.join("bin/busybox")).unwrap();
+        let mut load = String::new();
+        for module in MODULES {
+            let file = format!("{module}.ko");
+            fs::copy(find(&modules, &file), tree.join("mods").join(&file)).unwrap();
+            load += &format!("$b insmod /mods/{file}\n");
+        }
+        let init = tree.join("init");
+        fs::write(&init, INIT.replace("MODULES\n", &load)).unwrap();
+        fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+        let initramfs = dir.path().join("initramfs.cpio");
+        run(Command::new("sh").current_dir(&tree).arg("-c").arg(format!(
+            "find . | {busybox} cpio -o -H newc >{} 2>/dev/null",
+            initramfs.display()
+        )));
+        let content = dir.path().join("disk");
+        fs::create_dir(&content).unwrap();
+        fs::write(content.join("seen"), "made\n").unwrap();
+        let disk = dir.path().join("disk.ext4");
+        fs::File::create(&disk)
+            .unwrap()
+            .set_len(DISK_BYTES)
+            .unwrap();
+        run(Command::new("mke2fs")
+            .args(["-q", "-t", "ext4", "-d"])
+            .arg(&content)
+            .arg(&disk));
+        Assets {
+            kernel,
+            initramfs,
+            disk,
+            _dir: dir,
+        }
+    })
+}
+
+fn run(command: &mut Command) {
+    let status = command.stdin(Stdio::null()).status().unwrap();
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+fn find(tree: &Path, name: &str) -> PathBuf {
+    let mut folders = vec![tree.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                folders.push(entry.path());
+            } else if entry.file_name() == name {
+                return entry.path();
+            }
+        }
+    }
+    panic!("no {name} in {}", tree.display());
+}
+
+/// Kernel and modules: named by `WRENN_TEST_KERNEL` and `WRENN_TEST_MODULES`, else unpacked
+/// once from Debian's package into `target/test-assets`.
+fn kernel() -> (PathBuf, PathBuf) {
+    if let (Some(kernel), Some(modules)) = (
+        std::env::var_os("WRENN_TEST_KERNEL"),
+        std::env::var_os("WRENN_TEST_MODULES"),
+    ) {
+        return (kernel.into(), modules.into());
+    }
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/test-assets");
+    let tree = assets.join("kernel");
+    if !tree.exists() {
+        fs::create_dir_all(&assets).unwrap();
+        let work = tempfile::tempdir_in(&assets).unwrap();
+        let script = "set -e
+            package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \\(linux-image-[^ ]*\\).*/\\1/p' | head -1)
+            apt-get download -q \"$package\"
+            dpkg-deb -x linux-image-*.deb tree";
+        run(Command::new("sh")
+            .current_dir(work.path())
+            .args(["-c", script]));
+        // Another run may have been faster.
+        if let Err(error) = fs::rename(work.path().join("tree"), &tree) {
+            assert!(tree.exists(), "{error}");
+        }
+    }
+    let boot = fs::read_dir(tree.join("boot")).unwrap();
+    let kernel = boot
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.to_string_lossy().contains("vmlinuz"))
+        .unwrap();
+    (kernel, tree.join("lib/modules"))
+}
+
+/// The program that tests start as keeper and as agent.
+pub fn harness() -> PathBuf {
+    let this = std::env::current_exe().unwrap();
+    let built = this.parent().unwrap().parent().unwrap();
+    built.join("examples/harness")
+}
+
+pub fn vmm() -> QemuVmm {
+    static CONFIG: OnceLock<QemuConfig> = OnceLock::new();
+    let config = CONFIG.get_or_init(|| {
+        let report = probe::host(None).unwrap();
+        let choice = probe::choose(&report, None).unwrap();
+        let launcher = Launcher {
+            program: harness(),
+            args: vec!["keeper".into()],
+        };
+        QemuConfig::from_report(&report, choice, launcher).unwrap()
+    });
+    QemuVmm::new(config.clone())
+}
+
+pub fn cmdline(vmm: &QemuVmm) -> String {
+    format!(
+        "console=ttyS0 quiet panic=1 reboot=t tsc_early_khz={}",
+        vmm.info().fingerprint.tsc_khz
+    )
+}
+
+pub fn identity(text: &str) -> Box<[u8; IDENTITY_BYTES]> {
+    let mut page = Box::new([0; IDENTITY_BYTES]);
+    page[..text.len()].copy_from_slice(text.as_bytes());
+    page
+}
+
+/// A machine's folder with its top layer in it.
+pub fn folder(parent: &Path, name: &str) -> PathBuf {
+    let dir = parent.join(name);
+    fs::create_dir(&dir).unwrap();
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).unwrap();
+    create_overlay(&dir.join("disk.qcow2"), DISK_BYTES).unwrap();
+    dir
+}
+
+pub const SHAPE: Shape = Shape {
+    vcpus: Vcpus(1),
+    memory: MemoryMib(256),
+};
+
+/// The specification of a machine in `dir` on the layers of `layers`.
+pub fn spec(vmm: &QemuVmm, dir: &Path, uid: u32, id: &str, layers: Vec<PathBuf>) -> MachineSpec {
+    let assets = assets();
+    MachineSpec {
+        dir: dir.to_owned(),
+        uid,
+        gid: uid,
+        shape: SHAPE,
+        boot: BootFiles {
+            kernel: assets.kernel.clone(),
+            initramfs: assets.initramfs.clone(),
+            cmdline: cmdline(vmm),
+        },
+        disk: DiskChain {
+            base: assets.disk.clone(),
+            layers,
+            top: dir.join("disk.qcow2"),
+        },
+        tap: None,
+        mac: [2, 0xfc, 0, 0, 0, 5],
+        identity: identity(id),
+        companions: Vec::new(),
+    }
+}
+
+/// Waits for a console line that holds `words`, and returns the newest one.
+pub async fn console_line(machine: &Arc<dyn Machine>, words: &str) -> String {
+    let began = Instant::now();
+    loop {
+        let tail = String::from_utf8_lossy(&machine.console_tail(16 << 10).unwrap()).into_owned();
+        let whole = tail.rsplit_once('\n').map_or("", |(lines, _)| lines);
+        if let Some(line) = whole.lines().rev().find(|line| line.contains(words)) {
+            return line.to_owned();
+        }
+        assert!(
+            began.elapsed() < Duration::from_secs(30),
+            "no {words:?} in {tail}"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+pub fn tick(line: &str) -> u32 {
+    let number = line.split_once("TICK ").unwrap().1.split(' ').next();
+    number.unwrap().parse().unwrap()
+}
+
+/// A frozen machine.
+pub struct Template {
+    pub memory: Arc<SealedMemory>,
+    pub state: PathBuf,
+    pub layer: PathBuf,
+    pub tick: u32,
+}
+
+impl Template {
+    /// Boots a machine until it has printed a few lines, and freezes it.
+    pub async fn make(vmm: &QemuVmm, parent: &Path, uid: u32, tap: Option<OwnedFd>) -> Template {
+        let dir = folder(parent, "template");
+        let memory = Arc::new(MemoryFile::create(SHAPE.memory.bytes()).unwrap());
+        let began = Instant::now();
+        let mut machine = spec(vmm, &dir, uid, "template", Vec::new());
+        machine.tap = tap;
+        let boot = BootSpec {
+            machine,
+            memory: memory.clone(),
+        };
+        let machine = vmm.boot(boot).await.unwrap();
+        let line = console_line(&machine, "TICK 3 ").await;
+        println!("booted to its third line in {:?}: {line}", began.elapsed());
+        assert!(line.contains("id=template disk=made,template,"), "{line}");
+        assert!(memory.seal().is_err(), "sealed under a running machine");
+        let state = dir.join("state");
+        let out = fs::File::create_new(&state).unwrap();
+        let saved = machine.save_state(out).await.unwrap();
+        println!("saved {saved:?}");
+        assert!(saved.bytes > 10_000 && saved.bytes < 1 << 20, "{saved:?}");
+        let tick = tick(&console_line(&machine, "TICK").await);
+        machine.kill().await.unwrap();
+        Template {
+            memory: Arc::new(memory.seal().unwrap()),
+            state,
+            layer: dir.join("disk.qcow2"),
+            tick,
+        }
+    }
+
+    /// What restores a clone with its own top layer in `dir`.
+    pub fn clone_spec(&self, vmm: &QemuVmm, dir: &Path, uid: u32, id: &str) -> RestoreSpec {
+        let mut machine = spec(vmm, dir, uid, id, vec![self.layer.clone()]);
+        // A clone needs no kernel: it has one in its memory.
+        machine.boot.kernel = "/nonexistent".into();
+        machine.boot.initramfs = "/nonexistent".into();
+        RestoreSpec {
+            machine,
+            memory: self.memory.clone(),
+            state: fs::File::open(&self.state).unwrap(),
+        }
+    }
+}
