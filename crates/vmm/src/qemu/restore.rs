@@ -1,6 +1,7 @@
 //! Loading a saved machine.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
 use serde_json::json;
 
@@ -45,10 +46,11 @@ impl QemuVmm {
     }
 }
 
-async fn load(machine: &QemuMachine, state: std::os::fd::BorrowedFd<'_>) -> Result<(), VmmError> {
+async fn load(machine: &QemuMachine, state: BorrowedFd<'_>) -> Result<(), VmmError> {
     machine.choose_state_format().await?;
     machine.give("state", state).await?;
     let done = machine.expect_migration();
+    let began = Instant::now();
     let asked = machine
         .command(
             "loading its state",
@@ -61,7 +63,10 @@ async fn load(machine: &QemuMachine, state: std::os::fd::BorrowedFd<'_>) -> Resu
         Err(error) => Err(error),
     };
     match result {
-        Ok(Migration::Completed) => Ok(()),
+        Ok(Migration::Completed) => {
+            tracing::debug!(took = ?began.elapsed(), "state loaded");
+            Ok(())
+        }
         // QEMU ends when it meets a state it cannot load; how it did tells more.
         Ok(_) => Err(VmmError::State {
             doing: "loaded",

@@ -167,6 +167,13 @@ pub fn harness() -> PathBuf {
 }
 
 pub fn vmm() -> QemuVmm {
+    if std::env::var_os("WRENN_TEST_LOG").is_some() {
+        // Another test may have been first.
+        let _ = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::DEBUG)
+            .with_writer(std::io::stderr)
+            .try_init();
+    }
     static CONFIG: OnceLock<QemuConfig> = OnceLock::new();
     let config = CONFIG.get_or_init(|| {
         let report = probe::host(None).unwrap();
