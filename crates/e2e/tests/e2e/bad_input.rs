@@ -12,6 +12,8 @@ use tokio::net::TcpStream;
 use tokio::process::Command;
 use wrenn_e2e::{Api, Cli, HostState, Ran, Server, free_address, wrenn_binary};
 
+use crate::images;
+
 const PATIENCE: Duration = Duration::from_secs(60);
 /// An id in the right form that nothing has.
 const NOBODY: &str = "sb-0192f0c8-6a3e-7c3a-9d1e-5b8f3c2a1d00";
@@ -441,7 +443,19 @@ pub(crate) async fn a_second_server_on_one_folder_is_refused(data_dir: &Path) {
     server.destroy().await;
 }
 
-pub(crate) async fn too_little_disk_is_said_so(_: &Path) {
+pub(crate) async fn too_little_disk_is_said_so(data_dir: &Path) {
+    // Room for the image and a template, not for what must stay free on top.
+    let disk = Tmpfs::mount("1400m");
+    images::copy_images(data_dir, &disk.0);
+    let listen = free_address().to_string();
+    let ran = Cli::new(&disk.0)
+        .run(&["up", "--once", "--listen", &listen])
+        .await
+        .expect_code(1);
+    ran.expect_stderr(&["disk", &disk.0.to_string_lossy()]);
+    HostState::read(&disk.0, None).expect_nothing_alive();
+    drop(disk);
+
     let small = Tmpfs::mount("24m");
     let ran = Cli::new(&small.0)
         .run(&["image", "build", "minimal"])

@@ -84,7 +84,7 @@ pub(crate) async fn g16_a_damaged_image_is_named_and_not_started(data_dir: &Path
 }
 
 /// Everything but the cache of packages, which building needs and starting does not.
-fn copy_images(from: &Path, to: &Path) {
+pub(crate) fn copy_images(from: &Path, to: &Path) {
     fs::create_dir_all(to.join("images")).expect("a folder");
     for entry in fs::read_dir(from.join("images")).expect("images") {
         let entry = entry.expect("an entry");
