@@ -1,0 +1,32 @@
+//! `wrenn bench …`: what this installation takes for what it does.
+
+mod machine;
+mod start;
+mod statistics;
+
+use super::Context;
+use crate::error::Failure;
+use crate::exit::Exit;
+
+/// What can be measured.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Measure how fast sandboxes start and what they cost while idle
+    Start(start::Args),
+}
+
+impl Command {
+    /// Whether errors go out as JSON.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Command::Start(args) => args.output.json,
+        }
+    }
+
+    /// Does it.
+    pub(crate) async fn run(&self, context: &Context) -> Result<Exit, Failure> {
+        match self {
+            Command::Start(args) => start::run(args, context).await,
+        }
+    }
+}

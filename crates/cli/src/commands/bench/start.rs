@@ -1,0 +1,567 @@
+//! `wrenn bench start`: how fast sandboxes start, and what they cost while idle.
+//!
+//! Measured from the outside, through the API, as any client sees it. Every sandbox it
+//! makes it ends, whichever way it ends itself.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use serde_json::{Value, json};
+
+use super::machine;
+use super::statistics::Sample;
+use crate::args::OutputArgs;
+use crate::client::{Client, ClientError, Command, CreateRequest, ExecEvent};
+use crate::commands::Context;
+use crate::commands::sandbox::kill::destroy_all;
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::output::{Table, Tone, bytes, milliseconds, with_spinner};
+use crate::signals::Signals;
+
+/// What is said of a sandbox where nothing else is.
+const DEFAULT_TEMPLATE: &str = "minimal";
+/// What the median of each phase should not exceed, on two cores without hardware
+/// virtualisation: milliseconds, bytes, percent of a core.
+const TARGET_COLD_BOOT: f64 = 6000.0;
+const TARGET_CREATE: f64 = 300.0;
+const TARGET_FIRST_OUTPUT: f64 = 450.0;
+const TARGET_PYTHON: f64 = 700.0;
+const TARGET_MEMORY: f64 = (50 << 20) as f64;
+const TARGET_CPU: f64 = 1.5;
+/// A sandbox is idle once its start has died away.
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// Options of `wrenn bench start`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// How often each phase is measured
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    n: u32,
+    /// How many sandboxes are made at once
+    #[arg(long, default_value_t = 20, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=500))]
+    at_once: u32,
+    /// Template to start from
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_TEMPLATE)]
+    template: String,
+    /// Wait between two measurements, in which the pool may fill up again
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    pause: u64,
+    /// How long idle sandboxes are watched
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
+    idle: u64,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// How a phase's numbers are to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unit {
+    Milliseconds,
+    Bytes,
+    PercentOfCore,
+}
+
+impl Unit {
+    fn show(self, value: f64) -> String {
+        match self {
+            Unit::Milliseconds => milliseconds(Duration::from_secs_f64(value.max(0.0) / 1000.0)),
+            Unit::Bytes => bytes(value.max(0.0) as u64),
+            Unit::PercentOfCore => format!("{value:.2} %"),
+        }
+    }
+
+    const fn word(self) -> &'static str {
+        match self {
+            Unit::Milliseconds => "ms",
+            Unit::Bytes => "bytes",
+            Unit::PercentOfCore => "percent_of_core",
+        }
+    }
+}
+
+/// One line of the table.
+#[derive(Debug)]
+struct Phase {
+    name: String,
+    unit: Unit,
+    sample: Sample,
+    target: Option<f64>,
+    /// Why there are no numbers.
+    missing: Option<String>,
+}
+
+impl Phase {
+    fn new(name: impl Into<String>, unit: Unit, values: Vec<f64>, target: Option<f64>) -> Self {
+        Phase {
+            name: name.into(),
+            unit,
+            sample: Sample::new(values),
+            target,
+            missing: None,
+        }
+    }
+
+    fn missing(name: &str, unit: Unit, target: Option<f64>, why: String) -> Self {
+        Phase {
+            missing: Some(why),
+            ..Phase::new(name, unit, Vec::new(), target)
+        }
+    }
+
+    /// Whether the median keeps the target; `None` where one of them is missing.
+    fn met(&self) -> Option<bool> {
+        Some(self.sample.median()? <= self.target?)
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "phase": self.name,
+            "unit": self.unit.word(),
+            "median": self.sample.median(),
+            "p95": self.sample.p95(),
+            "min": self.sample.quantile(0.0),
+            "max": self.sample.quantile(1.0),
+            "n": self.sample.n(),
+            "target": self.target,
+            "met": self.met(),
+            "missing": self.missing,
+        })
+    }
+}
+
+/// Everything that was measured.
+#[derive(Debug, Default)]
+struct Results {
+    phases: Vec<Phase>,
+    /// Where the server's time went while creating, in its order.
+    server: Vec<Phase>,
+    failures: Vec<String>,
+}
+
+/// Measures.
+pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
+    let client = context.client()?;
+    let host = client.host().await?;
+    let mut signals = Signals::listen()
+        .map_err(|error| Failure::message(format!("cannot listen for signals: {error}")))?;
+    let mut bench = Bench {
+        client: &client,
+        context,
+        args,
+        made: Vec::new(),
+    };
+    let outcome = tokio::select! {
+        outcome = bench.measure() => outcome,
+        signal = signals.next() => {
+            bench.clean().await;
+            return Ok(Exit::Signal(signal));
+        }
+    };
+    bench.clean().await;
+    let results = outcome?;
+    let conditions = json!({
+        "wrenn": crate::commands::version::VERSION,
+        "server": host.version,
+        "vmm": format!("{} {}", host.vmm, host.vmm_version).trim(),
+        "accelerator": host.accelerator,
+        "cpus": host.cpus,
+        "template": args.template,
+        "pool_ready_at_start": host.pool_ready,
+        "pause_ms": args.pause,
+        "load_average": load_average(),
+    });
+    if args.output.json {
+        context.printer.json(&json!({
+            "conditions": conditions,
+            "phases": results.phases.iter().map(Phase::to_json).collect::<Vec<_>>(),
+            "server_timing": results.server.iter().map(Phase::to_json).collect::<Vec<_>>(),
+            "failures": results.failures,
+        }))?;
+    } else {
+        show(&results, &conditions, context);
+    }
+    if results.failures.is_empty() {
+        Ok(Exit::Ok)
+    } else {
+        Err(Failure::message(format!(
+            "{} sandboxes did not work: {}",
+            results.failures.len(),
+            results.failures[0]
+        )))
+    }
+}
+
+/// A run of measurements.
+struct Bench<'a> {
+    client: &'a Client,
+    context: &'a Context,
+    args: &'a Args,
+    /// Sandboxes to end.
+    made: Vec<String>,
+}
+
+impl Bench<'_> {
+    async fn measure(&mut self) -> Result<Results, Failure> {
+        let mut results = Results::default();
+        results.phases.push(self.cold_boot());
+        self.one_by_one(&mut results).await?;
+        self.at_once(&mut results).await;
+        self.idle(&mut results).await;
+        Ok(results)
+    }
+
+    fn request(&self) -> CreateRequest {
+        CreateRequest {
+            template: Some(self.args.template.clone()),
+            ..CreateRequest::default()
+        }
+    }
+
+    fn say(&self, what: &str) {
+        self.context.printer.note(format!("{what} …"));
+    }
+
+    fn cold_boot(&self) -> Phase {
+        let (name, target) = ("cold boot of the template", Some(TARGET_COLD_BOOT));
+        match machine::cold_boots(self.client.data_dir(), &self.args.template) {
+            Ok(boots) if !boots.is_empty() => Phase::new(name, Unit::Milliseconds, boots, target),
+            Ok(_) => Phase::missing(
+                name,
+                Unit::Milliseconds,
+                target,
+                "no template has it in its manifest".to_owned(),
+            ),
+            Err(error) => Phase::missing(name, Unit::Milliseconds, target, on_the_host(&error)),
+        }
+    }
+
+    /// One sandbox after the other: for bash, then for Python, each in a fresh one.
+    async fn one_by_one(&mut self, results: &mut Results) -> Result<(), Failure> {
+        self.say(&format!(
+            "{} sandboxes one by one, a shell in each",
+            self.args.n
+        ));
+        let (mut create, mut exec, mut first_output) = (Vec::new(), Vec::new(), Vec::new());
+        let mut server: BTreeMap<(usize, String), Vec<f64>> = BTreeMap::new();
+        let shell = command("bash", &["-l", "-c", "true"]);
+        for _ in 0..self.args.n {
+            let started = Instant::now();
+            let created = self.client.create(&self.request()).await?;
+            let id = created.sandbox.id;
+            self.made.push(id.clone());
+            create.push(ms(started));
+            let before = Instant::now();
+            let answer = self.client.exec(&id, &shell).await?;
+            exec.push(ms(before));
+            first_output.push(ms(started));
+            if answer["exit_code"] != 0 {
+                return Err(Failure::message(format!(
+                    "`bash -l -c true` in {id} ended with {}",
+                    answer["exit_code"]
+                )));
+            }
+            for (place, (phase, took)) in created.phases.into_iter().enumerate() {
+                server
+                    .entry((place, phase))
+                    .or_default()
+                    .push(took.as_secs_f64() * 1000.0);
+            }
+            self.end(&id).await?;
+        }
+        self.say(&format!(
+            "{} sandboxes one by one, Python in each",
+            self.args.n
+        ));
+        let mut python = Vec::new();
+        for _ in 0..self.args.n {
+            let created = self.client.create(&self.request()).await?;
+            let id = created.sandbox.id;
+            self.made.push(id.clone());
+            let before = Instant::now();
+            first_line(self.client, &id, &command("python3", &["-c", "print(1)"])).await?;
+            python.push(ms(before));
+            self.end(&id).await?;
+        }
+        let phase =
+            |name: &str, values, target| Phase::new(name, Unit::Milliseconds, values, target);
+        results.phases.extend([
+            phase("create (call to 201)", create, Some(TARGET_CREATE)),
+            phase("bash -l -c true in a fresh one", exec, None),
+            phase(
+                "create to first command's end",
+                first_output,
+                Some(TARGET_FIRST_OUTPUT),
+            ),
+            phase(
+                "Python's first line in a fresh one",
+                python,
+                Some(TARGET_PYTHON),
+            ),
+        ]);
+        results.server.extend(
+            server
+                .into_iter()
+                .map(|((_, name), values)| Phase::new(name, Unit::Milliseconds, values, None)),
+        );
+        Ok(())
+    }
+
+    /// Ends one that was measured and lets the host catch its breath, if so wished.
+    async fn end(&mut self, id: &str) -> Result<(), Failure> {
+        self.client.destroy(id).await?;
+        self.made.retain(|made| made != id);
+        if self.args.pause > 0 {
+            tokio::time::sleep(Duration::from_millis(self.args.pause)).await;
+        }
+        Ok(())
+    }
+
+    /// Many at the same time, each with a command.
+    async fn at_once(&mut self, results: &mut Results) {
+        self.say(&format!("{} sandboxes at once", self.args.at_once));
+        let started = Instant::now();
+        let request = self.request();
+        let client = self.client;
+        let one = || async {
+            let before = Instant::now();
+            let created = client
+                .create(&request)
+                .await
+                .map_err(|error| (None, error.to_string()))?;
+            let id = created.sandbox.id;
+            let create = ms(before);
+            let echo = command("echo", &[&id]);
+            let answer = client
+                .exec(&id, &echo)
+                .await
+                .map_err(|error| (Some(id.clone()), error.to_string()))?;
+            if answer["stdout"].as_str().map(str::trim) == Some(id.as_str()) {
+                Ok((id, create, ms(before)))
+            } else {
+                Err((Some(id), format!("`echo` answered {answer}")))
+            }
+        };
+        let outcomes = join_all((0..self.args.at_once).map(|_| one())).await;
+        let all = ms(started);
+        let (mut create, mut output) = (Vec::new(), Vec::new());
+        for outcome in outcomes {
+            match outcome {
+                Ok((id, created, done)) => {
+                    self.made.push(id);
+                    create.push(created);
+                    output.push(done);
+                }
+                Err((id, why)) => {
+                    self.made.extend(id);
+                    results.failures.push(why);
+                }
+            }
+        }
+        let n = self.args.at_once;
+        let phase = |name: String, values| Phase::new(name, Unit::Milliseconds, values, None);
+        results.phases.extend([
+            phase(format!("{n} at once: create"), create),
+            phase(format!("{n} at once: create to output"), output),
+            phase(format!("{n} at once: all done"), vec![all]),
+        ]);
+    }
+
+    /// Those made at once, left alone.
+    async fn idle(&mut self, results: &mut Results) {
+        let names = ["idle: private memory each", "idle: processor each"];
+        let watch = Duration::from_secs(self.args.idle);
+        self.say(&format!(
+            "{} idle sandboxes for {} s",
+            self.made.len(),
+            (SETTLE + watch).as_secs()
+        ));
+        match self.watch_idle(watch).await {
+            Ok((memory, cpu)) => results.phases.extend([
+                Phase::new(names[0], Unit::Bytes, memory, Some(TARGET_MEMORY)),
+                Phase::new(names[1], Unit::PercentOfCore, cpu, Some(TARGET_CPU)),
+            ]),
+            Err(error) => {
+                let why = on_the_host(&error);
+                results.phases.extend([
+                    Phase::missing(names[0], Unit::Bytes, Some(TARGET_MEMORY), why.clone()),
+                    Phase::missing(names[1], Unit::PercentOfCore, Some(TARGET_CPU), why),
+                ]);
+            }
+        }
+    }
+
+    async fn watch_idle(&self, watch: Duration) -> std::io::Result<(Vec<f64>, Vec<f64>)> {
+        let processes = machine::find(self.client.data_dir(), &self.made)?;
+        tokio::time::sleep(SETTLE).await;
+        let (mut memory, mut cpu) = (Vec::new(), Vec::new());
+        let mut before = Vec::new();
+        for process in &processes {
+            before.push((Instant::now(), process.measure()?));
+        }
+        tokio::time::sleep(watch).await;
+        for (process, (since, earlier)) in processes.iter().zip(before) {
+            let now = process.measure()?;
+            memory.push(now.private_bytes as f64);
+            cpu.push(
+                (now.cpu_seconds - earlier.cpu_seconds) / since.elapsed().as_secs_f64() * 100.0,
+            );
+        }
+        Ok((memory, cpu))
+    }
+
+    /// Ends what was made.
+    async fn clean(&mut self) {
+        let made = std::mem::take(&mut self.made);
+        let work = destroy_all(self.client, made);
+        for (id, outcome) in with_spinner(&self.context.printer, "ending the sandboxes", work).await
+        {
+            if let Err(error) = outcome
+                && !error.is_not_found()
+            {
+                self.context
+                    .printer
+                    .warn(format!("sandbox {id} is still there: {error}"));
+            }
+        }
+    }
+}
+
+fn command(cmd: &str, args: &[&str]) -> Command {
+    Command {
+        cmd: cmd.to_owned(),
+        args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+        ..Command::default()
+    }
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}
+
+/// Waits for a program's first output.
+async fn first_line(client: &Client, id: &str, command: &Command) -> Result<(), Failure> {
+    let (_input, mut output) = client.exec_stream(id, command, false).await?;
+    loop {
+        match output.next().await? {
+            ExecEvent::Stdout(_) => return Ok(()),
+            ExecEvent::Started | ExecEvent::Stderr(_) => {}
+            ExecEvent::Exited(ended) => {
+                return Err(Failure::message(format!(
+                    "`{}` in {id} ended with {} and said nothing",
+                    command.cmd, ended.code
+                )));
+            }
+            ExecEvent::Failed { code, message } => {
+                return Err(ClientError::Api {
+                    status: 0,
+                    code,
+                    message,
+                }
+                .into());
+            }
+        }
+    }
+}
+
+fn on_the_host(error: &std::io::Error) -> String {
+    format!("needs root on the server's host ({error})")
+}
+
+fn load_average() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
+    Some(
+        text.split_whitespace()
+            .take(3)
+            .collect::<Vec<_>>()
+            .join(" "),
+    )
+}
+
+fn show(results: &Results, conditions: &Value, context: &Context) {
+    let printer = &context.printer;
+    let mut table = Table::new(["PHASE", "MEDIAN", "P95", "N", "TARGET", ""]).right([1, 2, 3, 4]);
+    for phase in &results.phases {
+        let value = |value: Option<f64>| {
+            value
+                .map(|value| phase.unit.show(value))
+                .unwrap_or_else(|| "-".to_owned())
+        };
+        let (word, tone) = match (phase.met(), &phase.missing) {
+            (_, Some(why)) => (why.clone(), Tone::Dim),
+            (Some(true), None) => ("ok".to_owned(), Tone::Good),
+            (Some(false), None) => ("above target".to_owned(), Tone::Bad),
+            (None, None) => (String::new(), Tone::Plain),
+        };
+        table.row([
+            (phase.name.clone(), Tone::Plain),
+            (value(phase.sample.median()), Tone::Plain),
+            (value(phase.sample.p95()), Tone::Plain),
+            (phase.sample.n().to_string(), Tone::Dim),
+            (
+                phase
+                    .target
+                    .map(|target| phase.unit.show(target))
+                    .unwrap_or_default(),
+                Tone::Dim,
+            ),
+            (word, tone),
+        ]);
+    }
+    printer.table(table);
+    if !results.server.is_empty() {
+        printer.line("");
+        printer.heading("where the server's time goes in create");
+        let mut table = Table::new(["STEP", "MEDIAN", "P95", "N"]).right([1, 2, 3]);
+        for phase in &results.server {
+            let value = |value: Option<f64>| {
+                value
+                    .map(|value| phase.unit.show(value))
+                    .unwrap_or_default()
+            };
+            table.plain([
+                phase.name.clone(),
+                value(phase.sample.median()),
+                value(phase.sample.p95()),
+                phase.sample.n().to_string(),
+            ]);
+        }
+        printer.table(table);
+    }
+    printer.line("");
+    printer.heading("conditions");
+    let mut table = Table::new([]);
+    if let Value::Object(conditions) = conditions {
+        for (name, value) in conditions {
+            let text = value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned);
+            table.row([(name.replace('_', " "), Tone::Dim), (text, Tone::Plain)]);
+        }
+    }
+    printer.table(table);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_met_by_the_median() {
+        let phase = Phase::new(
+            "x",
+            Unit::Milliseconds,
+            vec![100.0, 200.0, 10_000.0],
+            Some(300.0),
+        );
+        assert_eq!(phase.met(), Some(true));
+        assert_eq!(phase.to_json()["median"], 200.0);
+        let phase = Phase::new("x", Unit::Milliseconds, vec![301.0], Some(300.0));
+        assert_eq!(phase.met(), Some(false));
+        assert_eq!(
+            Phase::missing("x", Unit::Bytes, Some(1.0), "why".into()).met(),
+            None
+        );
+    }
+}

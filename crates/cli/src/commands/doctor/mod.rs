@@ -1,0 +1,347 @@
+//! `wrenn doctor`: what this host can do, what will be used, and how to get more.
+
+mod advice;
+mod capacity;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use wrenn_vmm::probe::{self, Feature, HostReport, Measured, Tool};
+
+use self::advice::{Advice, MissingPackage};
+use self::capacity::Capacity;
+use super::Context;
+use crate::args::OutputArgs;
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::output::{Printer, Table, Tone, bytes};
+use crate::settings::{AcceleratorChoice, VmmChoice};
+
+/// Options of `wrenn doctor`.
+///
+/// Ends with 0 if sandboxes can run here, else with 1.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// What was found and what follows from it.
+struct Diagnosis {
+    report: HostReport,
+    /// What will run guests and why; or why nothing will.
+    choice: Result<Choice, String>,
+    capacity: Capacity,
+    missing: Vec<MissingPackage>,
+    advice: Vec<Advice>,
+}
+
+/// What will be used.
+struct Choice {
+    vmm: &'static str,
+    version: String,
+    accelerator: String,
+    why: String,
+}
+
+/// Examines this host and shows it.
+pub(crate) fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
+    let data_dir = &context.settings.data_dir;
+    let existing = nearest_existing(data_dir);
+    let report = probe::host(existing.as_deref().filter(|folder| folder == data_dir))
+        .map_err(|error| Failure::from_error(&error).code("probe"))?;
+    let up = context
+        .settings
+        .up(&super::up::Args::default(), &crate::environment)?;
+    let choice = choose(&report, up.vmm, up.accelerator);
+    let missing = advice::missing_packages();
+    let advice = advice::advise(&report, &missing, choice.is_ok());
+    let capacity = Capacity::of(&report.limits, existing.as_deref());
+    let diagnosis = Diagnosis {
+        report,
+        choice,
+        capacity,
+        missing,
+        advice,
+    };
+    let usable = diagnosis.usable();
+    if args.output.json {
+        context.printer.json(&diagnosis.to_json(data_dir)?)?;
+    } else {
+        diagnosis.show(data_dir, &context.printer);
+    }
+    Ok(if usable { Exit::Ok } else { Exit::Failed })
+}
+
+/// The folder itself, or what it would be made in.
+fn nearest_existing(folder: &Path) -> Option<PathBuf> {
+    folder
+        .ancestors()
+        .find(|folder| folder.is_dir())
+        .map(Path::to_path_buf)
+}
+
+fn choose(
+    report: &HostReport,
+    vmm: VmmChoice,
+    accelerator: AcceleratorChoice,
+) -> Result<Choice, String> {
+    if vmm == VmmChoice::Firecracker {
+        return Err(
+            "Firecracker was asked for, and this version of Wrenn only drives QEMU".to_owned(),
+        );
+    }
+    let Some(qemu) = &report.qemu else {
+        return Err("QEMU is not installed".to_owned());
+    };
+    if !qemu.usable {
+        return Err(format!(
+            "{} has version {}, at least {} is needed",
+            qemu.path.display(),
+            qemu.version.as_deref().unwrap_or("unknown"),
+            qemu.minimum
+        ));
+    }
+    let asked = match accelerator {
+        AcceleratorChoice::Auto => None,
+        AcceleratorChoice::Kvm => Some(wrenn_vmm::Accelerator::Kvm),
+        AcceleratorChoice::Tcg => Some(wrenn_vmm::Accelerator::Tcg),
+    };
+    let choice = probe::choose(report, asked).map_err(|error| error.to_string())?;
+    if let Some(lacking) = report.features.iter().find(|feature| lacks(feature)) {
+        return Err(format!(
+            "this host has no {}: {}",
+            lacking.name, lacking.detail
+        ));
+    }
+    Ok(Choice {
+        vmm: "qemu",
+        version: qemu.version.clone().unwrap_or_default(),
+        accelerator: choice.accelerator.to_string(),
+        why: choice.why,
+    })
+}
+
+/// Whether sandboxes cannot run for want of this.
+fn lacks(feature: &Feature) -> bool {
+    feature.required && feature.available == Measured::No
+}
+
+impl Diagnosis {
+    fn usable(&self) -> bool {
+        self.choice.is_ok() && self.missing.iter().all(|package| !package.to_run)
+    }
+
+    fn to_json(&self, data_dir: &Path) -> Result<Value, Failure> {
+        let host = serde_json::to_value(&self.report)
+            .map_err(|error| Failure::message(format!("cannot print this as JSON: {error}")))?;
+        let will_use = match &self.choice {
+            Ok(choice) => json!({
+                "vmm": choice.vmm,
+                "version": choice.version,
+                "accelerator": choice.accelerator,
+                "why": choice.why,
+            }),
+            Err(_) => Value::Null,
+        };
+        Ok(json!({
+            "usable": self.usable(),
+            "willUse": will_use,
+            "problem": self.choice.as_ref().err(),
+            "fits": self.capacity.to_json(),
+            "dataDir": data_dir,
+            "missingPackages": self.missing.iter().map(|package| package.name).collect::<Vec<_>>(),
+            "advice": self.advice.iter().map(|advice| json!({"gain": advice.gain, "do": advice.action})).collect::<Vec<_>>(),
+            "host": host,
+        }))
+    }
+
+    fn show(&self, data_dir: &Path, printer: &Printer) {
+        printer.heading("this host");
+        printer.table(self.host_table(data_dir));
+        printer.line("");
+        printer.heading("what it can do");
+        printer.table(self.ability_table());
+        printer.line("");
+        printer.heading("what will be used");
+        let mut table = Table::new([]);
+        match &self.choice {
+            Ok(choice) => {
+                let what = format!("{} {}, {}", choice.vmm, choice.version, choice.accelerator);
+                table.row([
+                    ("virtual machines".to_owned(), Tone::Dim),
+                    (what, Tone::Good),
+                ]);
+                table.row([
+                    ("because".to_owned(), Tone::Dim),
+                    (choice.why.clone(), Tone::Plain),
+                ]);
+            }
+            Err(why) => {
+                table.row([
+                    ("virtual machines".to_owned(), Tone::Dim),
+                    ("none".to_owned(), Tone::Bad),
+                ]);
+                table.row([
+                    ("because".to_owned(), Tone::Dim),
+                    (why.clone(), Tone::Plain),
+                ]);
+            }
+        }
+        for (name, value) in self.capacity.rows() {
+            table.row([(name.to_owned(), Tone::Dim), (value, Tone::Plain)]);
+        }
+        printer.table(table);
+        if !self.advice.is_empty() {
+            printer.line("");
+            printer.heading("how to get more");
+            let mut table = Table::new([]);
+            for advice in &self.advice {
+                table.row([
+                    (advice.gain.clone(), Tone::Dim),
+                    (advice.action.clone(), Tone::Plain),
+                ]);
+            }
+            printer.table(table);
+        }
+        printer.line("");
+        printer.line(if self.usable() {
+            "sandboxes can run here"
+        } else {
+            "sandboxes cannot run here yet"
+        });
+    }
+
+    fn host_table(&self, data_dir: &Path) -> Table {
+        let HostReport { cpu, limits, .. } = &self.report;
+        let mut table = Table::new([]);
+        let mut row = |name: &str, value: String| {
+            table.row([(name.to_owned(), Tone::Dim), (value, Tone::Plain)])
+        };
+        row("kernel", self.report.kernel.clone());
+        row(
+            "processor",
+            format!(
+                "{} ({})",
+                cpu.model,
+                if limits.cpus == 1 {
+                    "1 core".to_owned()
+                } else {
+                    format!("{} cores", limits.cpus)
+                }
+            ),
+        );
+        row(
+            "speed",
+            format!(
+                "guests take {:.1} times as long as on the reference machine; time limits follow",
+                cpu.slowness
+            ),
+        );
+        row(
+            "memory",
+            format!(
+                "{}, {} available",
+                bytes(limits.memory_bytes),
+                bytes(limits.memory_available_bytes)
+            ),
+        );
+        row(
+            "data folder",
+            match self.capacity.disk_free {
+                Some(free) => format!("{}, {} free", data_dir.display(), bytes(free)),
+                None => format!("{}, free space unknown", data_dir.display()),
+            },
+        );
+        let limit = |limit: Option<u64>| {
+            limit.map_or_else(|| "any number of".to_owned(), |limit| limit.to_string())
+        };
+        row(
+            "limits",
+            format!(
+                "{} open files, {} processes",
+                limit(limits.open_files),
+                limit(limits.processes)
+            ),
+        );
+        table
+    }
+
+    fn ability_table(&self) -> Table {
+        let HostReport { cpu, kvm, .. } = &self.report;
+        let mut table = Table::new(["WHAT", "", "DETAIL"]);
+        let flags = match (cpu.vmx, cpu.svm) {
+            (true, _) => "vmx",
+            (_, true) => "svm",
+            (false, false) => "neither vmx nor svm",
+        };
+        let inside = if cpu.virtual_host {
+            ", itself a virtual machine"
+        } else {
+            ""
+        };
+        let mut row = |what: &str, (word, tone): (&str, Tone), detail: String| {
+            table.row([
+                (what.to_owned(), Tone::Plain),
+                (word.to_owned(), tone),
+                (detail, Tone::Dim),
+            ]);
+        };
+        row(
+            "virtualisation in the processor",
+            yes(cpu.vmx || cpu.svm),
+            format!("{flags}{inside}"),
+        );
+        row("KVM", yes(kvm.usable), kvm.why.clone());
+        row(
+            "TCG (software emulation)",
+            yes(self.report.qemu.is_some()),
+            "part of QEMU, works everywhere".to_owned(),
+        );
+        for (name, tool) in [
+            ("QEMU", &self.report.qemu),
+            ("Firecracker", &self.report.firecracker),
+        ] {
+            let (word, detail) = monitor(tool.as_ref());
+            row(name, word, detail);
+        }
+        for feature in &self.report.features {
+            let word = match feature.available {
+                Measured::Yes => ("yes", Tone::Good),
+                Measured::No if feature.required => ("no", Tone::Bad),
+                Measured::No => ("no", Tone::Doubtful),
+                Measured::Unknown => ("unknown", Tone::Dim),
+            };
+            row(feature.name, word, feature.detail.clone());
+        }
+        table
+    }
+}
+
+fn yes(yes: bool) -> (&'static str, Tone) {
+    if yes {
+        ("yes", Tone::Good)
+    } else {
+        ("no", Tone::Doubtful)
+    }
+}
+
+fn monitor(tool: Option<&Tool>) -> ((&'static str, Tone), String) {
+    match tool {
+        None => (("no", Tone::Doubtful), "not installed".to_owned()),
+        Some(tool) => {
+            let version = tool.version.as_deref().unwrap_or("of unknown version");
+            let enough = if tool.usable {
+                String::new()
+            } else {
+                format!(", but at least {} is needed", tool.minimum)
+            };
+            let word = if tool.usable {
+                ("yes", Tone::Good)
+            } else {
+                ("no", Tone::Bad)
+            };
+            (word, format!("{version}, {}{enough}", tool.path.display()))
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! `wrenn sandbox …`: sandboxes that stay until they are ended.
+
+pub(crate) mod cp;
+pub(crate) mod create;
+pub(crate) mod exec;
+pub(crate) mod inspect;
+pub(crate) mod kill;
+pub(crate) mod list;
+pub(crate) mod logs;
+pub(crate) mod shell;
+
+use super::Context;
+use crate::error::Failure;
+use crate::exit::Exit;
+
+/// The commands about sandboxes. ID: a sandbox's id, or its beginning or end as far as
+/// that is unambiguous.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Make a sandbox and print its id
+    Create(create::Args),
+    /// List the sandboxes there are
+    #[command(visible_alias = "ls")]
+    List(list::Args),
+    /// Show all there is to know about a sandbox
+    Inspect(inspect::Args),
+    /// Run a command in a sandbox
+    Exec(exec::Args),
+    /// Open a terminal in a sandbox
+    Shell(shell::Args),
+    /// Copy a file into or out of a sandbox
+    Cp(cp::Args),
+    /// End sandboxes
+    #[command(visible_alias = "rm")]
+    Kill(kill::Args),
+    /// Show the log of a sandbox's console, where its kernel and guest agent write
+    Logs(logs::Args),
+}
+
+impl Command {
+    /// Whether errors go out as JSON.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Command::Create(args) => args.output.json,
+            Command::List(args) => args.output.json,
+            Command::Inspect(args) => args.output.json,
+            Command::Kill(args) => args.output.json,
+            Command::Logs(args) => args.output.json,
+            Command::Exec(_) | Command::Shell(_) | Command::Cp(_) => false,
+        }
+    }
+
+    /// Does it.
+    pub(crate) async fn run(&self, context: &Context) -> Result<Exit, Failure> {
+        match self {
+            Command::Create(args) => create::run(args, context).await,
+            Command::List(args) => list::run(args, context).await,
+            Command::Inspect(args) => inspect::run(args, context).await,
+            Command::Exec(args) => exec::run(args, context).await,
+            Command::Shell(args) => shell::run(args, context).await,
+            Command::Cp(args) => cp::run(args, context).await,
+            Command::Kill(args) => kill::run(args, context).await,
+            Command::Logs(args) => logs::run(args, context).await,
+        }
+    }
+}

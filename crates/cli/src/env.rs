@@ -1,0 +1,38 @@
+//! Every environment variable that `wrenn` reads.
+
+/// Address of the server, such as `http://127.0.0.1:3000`.
+pub(crate) const URL: &str = "WRENN_URL";
+/// The API key to present, `wrn_…`.
+pub(crate) const API_KEY: &str = "WRENN_API_KEY";
+/// The data folder of the server on this machine.
+pub(crate) const DATA_DIR: &str = "WRENN_DATA_DIR";
+/// The configuration file to read instead of the usual places.
+pub(crate) const CONFIG: &str = "WRENN_CONFIG";
+/// `auto`, `always` or `never`.
+pub(crate) const COLOR: &str = "WRENN_COLOR";
+/// Set to anything: no colours (<https://no-color.org>).
+pub(crate) const NO_COLOR: &str = "NO_COLOR";
+/// What to log, in the syntax of `RUST_LOG`, over which it wins.
+pub(crate) const LOG: &str = "WRENN_LOG";
+/// What to log, as for any Rust program.
+pub(crate) const RUST_LOG: &str = "RUST_LOG";
+/// `text` or `json`.
+pub(crate) const LOG_FORMAT: &str = "WRENN_LOG_FORMAT";
+/// Where `wrenn up` listens, `address:port`.
+pub(crate) const LISTEN: &str = "WRENN_LISTEN";
+/// The domain whose sub-domains are sandbox ports.
+pub(crate) const DOMAIN: &str = "WRENN_DOMAIN";
+/// The virtual machine monitor to use: `auto`, `qemu` or `firecracker`.
+pub(crate) const VMM: &str = "WRENN_VMM";
+/// `auto`, `kvm` or `tcg`.
+pub(crate) const ACCELERATOR: &str = "WRENN_ACCELERATOR";
+/// How many warmed machines wait for a sandbox.
+pub(crate) const POOL_SIZE: &str = "WRENN_POOL_SIZE";
+/// Where a person's configuration lives (XDG base directories).
+pub(crate) const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
+/// The person's folder, where `XDG_CONFIG_HOME` is not set.
+pub(crate) const HOME: &str = "HOME";
+/// The terminal's kind, passed on to a sandbox's terminal.
+pub(crate) const TERM: &str = "TERM";
+/// Whether the terminal shows all colours, passed on likewise.
+pub(crate) const COLORTERM: &str = "COLORTERM";

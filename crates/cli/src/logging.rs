@@ -1,0 +1,36 @@
+//! Log lines on stderr, apart from what commands print.
+
+use std::io;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::error::Failure;
+use crate::settings::{LogFormat, Settings};
+
+/// Where nobody says otherwise, client commands log only what is wrong.
+const QUIET: &str = "warn";
+/// A server also tells what it does.
+const SERVER: &str = "info";
+
+/// Starts logging. `server`: this process serves others.
+pub(crate) fn start(settings: &Settings, server: bool) -> Result<(), Failure> {
+    let directives = match &settings.log {
+        Some(log) => log.as_str(),
+        None if server => SERVER,
+        None => QUIET,
+    };
+    let filter = EnvFilter::try_new(directives).map_err(|error| {
+        Failure::message(format!("`{directives}` is no log filter: {error}")).code("settings")
+    })?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr);
+    let started = match settings.log_format {
+        LogFormat::Json => builder.json().try_init(),
+        LogFormat::Text => {
+            let colors = crate::output::Printer::new(settings.color).styles_stderr();
+            builder.with_ansi(colors).with_target(server).try_init()
+        }
+    };
+    started.map_err(|error| Failure::message(format!("cannot start logging: {error}")))
+}
