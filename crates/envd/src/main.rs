@@ -9,7 +9,7 @@ use clap::Parser;
 use rustix::process::{Resource, Rlimit};
 use wrenn_envd::cgroups::{self, Cgroups};
 use wrenn_envd::host::{self, Host};
-use wrenn_envd::server::connections::Connections;
+use wrenn_envd::ports::{self, Ports};
 use wrenn_envd::server::{self, Services};
 use wrenn_envd::state::{Settings, State};
 use wrenn_envd::{sys, users};
@@ -95,11 +95,20 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     let cgroups =
         if arguments.no_vm { Cgroups::none() } else { Cgroups::set_up(Path::new(cgroups::ROOT)) };
     let state = State::new(settings, cgroups);
-    let connections = Arc::new(Connections::default());
-    let host = Arc::new(Host { state: Arc::clone(&state), connections: Arc::clone(&connections) });
-    let router = server::router(Services { state, host });
+    let in_vm = state.settings.in_vm;
+    let ports = Ports::new(ports::Settings {
+        address: in_vm.then_some(ports::GUEST_ADDRESS),
+        own_port: address.port(),
+    });
+    if !in_vm {
+        // In a VM the restore hook starts it.
+        ports.start().await;
+    }
+    let host = Host::new(Arc::clone(&state), ports);
+    let router = server::router(Services { state, host: Arc::clone(&host) });
     tracing::info!(%address, version = host::ENVD_VERSION, "listening");
     println!("{address}");
-    server::serve(listener, router, connections, || None).await;
+    let connections = Arc::clone(host.connections());
+    server::serve(listener, router, connections, move || host.identity().map(|i| i.restore_id)).await;
     Ok(())
 }

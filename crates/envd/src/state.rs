@@ -35,8 +35,12 @@ pub struct Config {
     pub default_user: String,
     /// Where programs start whose request does not say.
     pub default_workdir: Option<PathBuf>,
-    /// Variables of every program.
+    /// Variables of every program: the sandbox's identity, then those that were given.
     pub envs: BTreeMap<String, String>,
+    /// Those that were given.
+    pub given_envs: BTreeMap<String, String>,
+    /// Whether `/init` has been called; inside a VM nobody else is heard before.
+    pub initialised: bool,
     /// Identity of this sandbox.
     pub sandbox_id: Option<String>,
     /// Identity of the template it comes from.

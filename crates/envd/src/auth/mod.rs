@@ -106,10 +106,14 @@ fn basic_user(headers: &HeaderMap) -> Result<Option<String>, AuthError> {
     Ok(Some(name.to_owned()))
 }
 
-/// Whether the token in the header is ours. `Ok` where no token is set.
+/// Whether the token in the header is ours. `Ok` where no token is set, unless this is a
+/// guest that has not been initialised: it has no token *yet*.
 pub fn token_allows(headers: &HeaderMap, state: &State) -> Result<(), AuthError> {
     let config = state.config();
-    let Some(token) = &config.access_token else { return Ok(()) };
+    let Some(token) = &config.access_token else {
+        let open = config.initialised || !state.settings.in_vm;
+        return if open { Ok(()) } else { Err(AuthError::Unauthorized) };
+    };
     let given = headers.get(TOKEN_HEADER).map(http::HeaderValue::as_bytes);
     match given {
         Some(given) if token.matches(given) => Ok(()),
@@ -129,7 +133,7 @@ pub fn signature_allows(
     now: i64,
 ) -> Result<(), AuthError> {
     let config = state.config();
-    let Some(token) = &config.access_token else { return Ok(()) };
+    let Some(token) = &config.access_token else { return token_allows(headers, state) };
     if let Some(given) = headers.get(TOKEN_HEADER) {
         return if token.matches(given.as_bytes()) {
             Ok(())

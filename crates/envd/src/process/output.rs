@@ -446,7 +446,7 @@ mod tests {
         assert!(log.lock().chunks.len() <= KEPT_CHUNKS);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn g27_patience_with_a_lossless_reader_ends_when_others_listen() {
         let log = Arc::new(Log::default());
         let _stuck = log.reader(None, true);

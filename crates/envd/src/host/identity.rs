@@ -1,0 +1,120 @@
+//! What the host says of this machine beside its memory: QEMU's fw_cfg.
+//!
+//! Memory and disk of a clone are those of its template; the file
+//! `opt/wrenn/restore` is the clone's own. It is the one thing that a restored agent can
+//! believe, so it is read anew each time. See docs/architecture.md, "Identity of a restored
+//! machine".
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::auth::token::hash_matches;
+
+const FW_CFG: &str = "/sys/firmware/qemu_fw_cfg/by_name/opt/wrenn/restore/raw";
+/// Bytes at first; the file is padded with NULs, and reading it is slow under emulation.
+const HEAD: usize = 512;
+/// Its whole size.
+const SIZE: usize = 4096;
+
+/// Who this machine is.
+#[derive(Clone, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct Identity {
+    /// Random and new with each restore.
+    #[serde(rename = "restoreID")]
+    pub restore_id: String,
+    /// The sandbox, as far as the host knew it then.
+    #[serde(rename = "instanceID", default)]
+    pub instance_id: String,
+    /// The template.
+    #[serde(rename = "envID", default)]
+    pub env_id: String,
+    /// SHA-512 in hexadecimal of the token that may call `/init`.
+    #[serde(default)]
+    access_token_hash: String,
+}
+
+impl Identity {
+    /// Whether this token may initialise the machine.
+    pub fn trusts(&self, token: &[u8]) -> bool {
+        !self.access_token_hash.is_empty() && hash_matches(token, &self.access_token_hash)
+    }
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Identity").field("restore_id", &self.restore_id).finish_non_exhaustive()
+    }
+}
+
+/// Where the identity is read.
+#[derive(Debug)]
+pub(super) struct Source {
+    path: Option<PathBuf>,
+}
+
+impl Source {
+    pub(super) fn new(in_vm: bool) -> Source {
+        Source { path: in_vm.then(|| PathBuf::from(FW_CFG)) }
+    }
+
+    /// The identity now; `None` where the machine has none.
+    pub(super) fn read(&self) -> Option<Identity> {
+        let path = self.path.as_ref()?;
+        match read(path) {
+            Ok(identity) => Some(identity),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => {
+                tracing::error!(path = %path.display(), %error, "cannot read this machine's identity");
+                None
+            }
+        }
+    }
+}
+
+fn read(path: &Path) -> io::Result<Identity> {
+    let file = File::open(path)?;
+    let mut bytes = vec![0; HEAD];
+    let mut length = file.read_at(&mut bytes, 0)?;
+    if length == HEAD && !bytes.contains(&0) {
+        bytes.resize(SIZE, 0);
+        length += file.read_at(&mut bytes[HEAD..], HEAD as u64)?;
+    }
+    bytes.truncate(length);
+    let json = bytes.split(|&b| b == 0).next().unwrap_or_default();
+    serde_json::from_slice(json).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sha2::{Digest, Sha512};
+
+    #[test]
+    fn an_identity_is_json_padded_with_nuls() {
+        let dir = std::env::temp_dir().join(format!("envd-identity-{}", std::process::id()));
+        let hash = hex::encode(Sha512::digest(b"token"));
+        for pad in [0, 600] {
+            let filler = "x".repeat(pad);
+            let text = format!(
+                r#"{{"restoreID":"r1","instanceID":"sb-1","envID":"{filler}","accessTokenHash":"{hash}"}}"#
+            );
+            let mut bytes = text.into_bytes();
+            bytes.resize(SIZE, 0);
+            std::fs::write(&dir, &bytes).unwrap();
+            let source = Source { path: Some(dir.clone()) };
+            let identity = source.read().unwrap();
+            assert_eq!((identity.restore_id.as_str(), identity.env_id.len()), ("r1", pad));
+            assert!(identity.trusts(b"token") && !identity.trusts(b"other") && !identity.trusts(b""));
+        }
+        std::fs::write(&dir, b"{}").unwrap();
+        assert!(Source { path: Some(dir.clone()) }.read().is_none());
+        std::fs::remove_file(&dir).unwrap();
+        assert!(Source { path: Some(dir) }.read().is_none());
+        assert!(Source::new(false).read().is_none());
+    }
+}

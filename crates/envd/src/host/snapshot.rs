@@ -1,0 +1,105 @@
+//! `POST /snapshot/prepare`: the guest made ready for a freeze, and `POST /snapshot/undo` for
+//! when the freeze did not come.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::sync::OwnedRwLockWriteGuard;
+use tokio::time::timeout;
+
+use super::Host;
+use crate::cgroups::CgroupError;
+
+/// How long programs that are just being started may take.
+const GATE_LIMIT: Duration = Duration::from_secs(5);
+/// How long writing everything to disk may take.
+const SYNC_LIMIT: Duration = Duration::from_secs(20);
+
+/// Options of a prepare.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Query {
+    /// Give the page cache back, so that it is not part of the snapshot.
+    drop_caches: bool,
+}
+
+/// The guest stands; nothing is started while this lives.
+#[derive(Debug)]
+pub(super) struct Freeze {
+    _gate: OwnedRwLockWriteGuard<()>,
+}
+
+/// Why the guest was not made ready; it goes on as before.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SnapshotError {
+    #[error("a program that is being started did not come to an end within {GATE_LIMIT:?}")]
+    Busy,
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("the file systems were not written within {SYNC_LIMIT:?}")]
+    Sync,
+    #[error("quiescing broke: {0}")]
+    Broken(#[from] tokio::task::JoinError),
+    #[error("cannot drop the page cache: {0}")]
+    Caches(#[source] std::io::Error),
+}
+
+impl Host {
+    /// Quiesces the guest. Again while it is quiesced is harmless.
+    pub(super) async fn prepare(self: &Arc<Self>, query: &Query) -> Result<(), SnapshotError> {
+        let mut life = self.life.lock().await;
+        if life.freeze.is_some() {
+            return Ok(());
+        }
+        match self.quiesce(query).await {
+            Ok(freeze) => {
+                life.freeze = Some(freeze);
+                Ok(())
+            }
+            Err(error) => {
+                self.go_on().await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The freeze did not come: everything goes on. Again is harmless.
+    pub(super) async fn undo(self: &Arc<Self>) -> Result<(), SnapshotError> {
+        let mut life = self.life.lock().await;
+        if life.freeze.is_some() {
+            self.go_on().await?;
+            life.freeze = None;
+        }
+        Ok(())
+    }
+
+    async fn go_on(&self) -> Result<(), SnapshotError> {
+        self.connections.undo();
+        self.ports.start().await;
+        self.state.cgroups.thaw()?;
+        Ok(())
+    }
+
+    async fn quiesce(&self, query: &Query) -> Result<Freeze, SnapshotError> {
+        self.ports.stop().await;
+        self.connections.prepare();
+        // Whoever is half-way into starting a program finishes first: a child that enters a
+        // frozen group before its exec would hold one of our threads.
+        let gate = timeout(GATE_LIMIT, self.state.close_gate()).await.map_err(|_| SnapshotError::Busy)?;
+        let state = Arc::clone(&self.state);
+        tokio::task::spawn_blocking(move || state.cgroups.freeze()).await??;
+        if self.state.settings.in_vm {
+            timeout(SYNC_LIMIT, tokio::task::spawn_blocking(rustix::fs::sync))
+                .await
+                .map_err(|_| SnapshotError::Sync)??;
+            if query.drop_caches {
+                tokio::task::spawn_blocking(|| std::fs::write("/proc/sys/vm/drop_caches", "3"))
+                    .await?
+                    .map_err(SnapshotError::Caches)?;
+            }
+        }
+        crate::sys::trim_heap();
+        Ok(Freeze { _gate: gate })
+    }
+}
