@@ -408,3 +408,58 @@ async fn the_agent_dials_into_the_guest() {
     pool.give_back(slot).await;
     pool.shutdown().await;
 }
+
+/// A mistake in one table opens nothing: each is tried without the other's denials.
+#[tokio::test(flavor = "multi_thread")]
+async fn g35_each_of_the_two_tables_is_enough() {
+    let world = World::new(
+        "nif",
+        16,
+        &["203.0.113.16", "198.51.100.16", "172.31.99.16"],
+    );
+    let bed = Bed::new("nif", 16);
+    let mut config = bed.config();
+    config.open = vec!["203.0.113.16/32".parse().unwrap()];
+    let pool = SlotPool::start(config).await.unwrap();
+    let (slot, other) = (pool.take().await.unwrap(), pool.take().await.unwrap());
+    let guest = Guest::new("nif-guest", &slot).await;
+    let internet = Listener::inside(&world.net, "0.0.0.0:7001");
+    let on_host = Listener::on("0.0.0.0:0");
+    let host = format!("{}:{}", world.host, on_host.addr.port());
+    answers_the_host(&host);
+
+    // The host's table alone.
+    let netns = slot.name();
+    run(&format!(
+        "ip netns exec {netns} nft flush chain inet nif egress"
+    ));
+    run(&format!(
+        "ip netns exec {netns} nft add rule inet nif egress accept"
+    ));
+    assert_eq!(guest.connect("203.0.113.16:7001").0, Ok(()));
+    for addr in ["198.51.100.16:7001", "172.31.99.16:7001", &host] {
+        refused_at_once(&guest, addr);
+    }
+    refused_at_once(&guest, &format!("{}:53", other.outside_addr()));
+
+    // Proof that the tables are what refuses: without both, it answers.
+    run("nft flush chain inet nif forward");
+    run("nft flush chain inet nif input");
+    for addr in ["198.51.100.16:7001", "172.31.99.16:7001", &host] {
+        assert_eq!(guest.connect(addr).0, Ok(()), "{addr}");
+    }
+
+    // The slot's table alone.
+    slot.set_internet(false).await.unwrap();
+    slot.set_internet(true).await.unwrap();
+    assert_eq!(guest.connect("203.0.113.16:7001").0, Ok(()));
+    for addr in ["198.51.100.16:7001", "172.31.99.16:7001", &host] {
+        refused_at_once(&guest, addr);
+    }
+    refused_at_once(&guest, &format!("{}:53", other.outside_addr()));
+
+    drop((guest, internet, on_host));
+    pool.give_back(slot).await;
+    pool.give_back(other).await;
+    pool.shutdown().await;
+}
