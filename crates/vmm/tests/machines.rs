@@ -221,6 +221,8 @@ async fn a_machine_does_not_outlive_its_keeper() {
     let machine = boot(&vmm, parent.path(), 10_040).await.unwrap();
     let keeper = machine.pids().keeper.pid as i32;
     let keeper = rustix::process::Pid::from_raw(keeper).unwrap();
+    let stalled = machine.stalled(Duration::from_secs(1));
+    assert!(matches!(stalled, VmmError::BootStalled { .. }));
     rustix::process::kill_process(keeper, rustix::process::Signal::KILL).unwrap();
     let mut exited = machine.exited();
     let ended = tokio::time::timeout(Duration::from_secs(5), exited.wait_for(Option::is_some));
@@ -299,6 +301,43 @@ async fn a_machine_that_could_not_be_recorded_does_not_live() {
             .unwrap()
             .contains("signal")
     );
+}
+
+/// Processes of this user.
+fn processes_of(uid: u32) -> Vec<String> {
+    let entries = fs::read_dir("/proc").unwrap();
+    entries
+        .filter_map(|entry| fs::read_to_string(entry.unwrap().path().join("status")).ok())
+        .filter(|status| status.contains(&format!("Uid:\t{uid}\t")))
+        .filter(|status| !status.contains("State:\tZ"))
+        .collect()
+}
+
+#[tokio::test]
+async fn a_restore_that_is_given_up_leaves_no_process() {
+    let parent = tempfile::tempdir().unwrap();
+    let vmm = vmm();
+    let template = Template::make(&vmm, parent.path(), 10_080, None).await;
+    for millis in [1, 4, 8, 12, 16, 20, 25, 30, 35, 40, 50] {
+        let dir = folder(parent.path(), &format!("given-up{millis}"));
+        let spec = template.clone_spec(&vmm, &dir, 10_081, "x");
+        let given = tokio::time::timeout(Duration::from_millis(millis), vmm.restore(spec)).await;
+        if let Ok(machine) = given {
+            machine.unwrap().kill().await.unwrap();
+        }
+        let began = Instant::now();
+        loop {
+            let left = processes_of(10_081);
+            if left.is_empty() && began.elapsed() > Duration::from_millis(300) {
+                break;
+            }
+            assert!(
+                began.elapsed() < Duration::from_secs(5),
+                "{millis} ms: {left:?}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
 }
 
 #[tokio::test]

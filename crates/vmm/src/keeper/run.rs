@@ -28,8 +28,9 @@ const STDERR_BYTES: usize = 4 << 10;
 /// Open files of a monitor: its descriptors, event descriptors and those of later layers.
 const MAX_OPEN_FILES: u64 = 512;
 
-/// Stack of the companions' thread.
-const COMPANION_STACK: usize = 128 << 10;
+/// Stack of the companions' thread: an address range, of which only what is used costs
+/// memory. An overflow would end the machine.
+const COMPANION_STACK: usize = 1 << 20;
 
 /// The body of the hidden `wrenn keeper` command: must be the first thing its process does,
 /// while it has one thread and owns no descriptor but the standard three, of which standard

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -42,18 +43,34 @@ pub(super) struct QemuMachine {
     qmp: Qmp,
     processes: Arc<Processes>,
     exited: watch::Receiver<Option<ExitReason>>,
-    watcher: JoinHandle<()>,
+    _watcher: Watcher,
     patience: Duration,
 }
 
 struct Processes {
     keeper: Option<Watched>,
     vmm: Watched,
+    /// Somebody has been given the machine. One that is dropped before, because a step
+    /// failed or its caller gave up, must not live on.
+    claimed: AtomicBool,
 }
 
-impl Drop for QemuMachine {
+impl Drop for Processes {
     fn drop(&mut self) {
-        self.watcher.abort();
+        if !self.claimed.load(Ordering::Acquire)
+            && let Err(error) = self.vmm.kill()
+        {
+            tracing::error!(%error, "a machine that nobody was given was not ended");
+        }
+    }
+}
+
+/// The task that waits for the machine's end; ends with its handle.
+struct Watcher(JoinHandle<()>);
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -72,29 +89,30 @@ impl QemuMachine {
         };
         let (sender, exited) = watch::channel(None);
         let processes = Arc::new(processes);
-        let watcher = tokio::spawn(watch_end(dir.clone(), processes.clone(), sender));
+        let watcher = Watcher(tokio::spawn(watch_end(
+            dir.clone(),
+            processes.clone(),
+            sender,
+        )));
         let connected = async {
             let stream = launch::connect(&dir)
                 .await
                 .map_err(|error| QmpError::Socket(error.to_string()))?;
             Qmp::negotiate(stream, patience).await
         };
-        let connected = connected.await;
-        match connected {
+        match connected.await {
             Ok(qmp) => Ok(QemuMachine {
                 dir,
                 pids,
                 qmp,
                 processes,
                 exited,
-                watcher,
+                _watcher: watcher,
                 patience,
             }),
             Err(source) => {
-                // It is not handed to anyone, so it must not live on.
                 let killed = processes.vmm.kill();
                 let reason = seen_end(exited, DEATH_PATIENCE).await;
-                watcher.abort();
                 match (source, reason) {
                     (QmpError::Closed | QmpError::Socket(_), Some(reason)) => {
                         Err(VmmError::Ended {
@@ -134,6 +152,7 @@ impl QemuMachine {
         let Some(processes) = hold(record.pids)? else {
             return Ok(None);
         };
+        processes.claimed.store(true, Ordering::Release);
         let (sender, exited) = watch::channel(None);
         let processes = Arc::new(processes);
         let failed = |source| VmmError::Qmp {
@@ -152,15 +171,22 @@ impl QemuMachine {
             qmp.run_state().send_replace(RunState::Running);
         }
         let watcher = tokio::spawn(watch_end(dir.to_owned(), processes.clone(), sender));
+        let watcher = Watcher(watcher);
         Ok(Some(QemuMachine {
             dir: dir.to_owned(),
             pids: record.pids,
             qmp,
             processes,
             exited,
-            watcher,
+            _watcher: watcher,
             patience,
         }))
+    }
+
+    /// Marks the machine as somebody's: from here on dropping its handle leaves it alive.
+    pub(super) fn claim(self) -> QemuMachine {
+        self.processes.claimed.store(true, Ordering::Release);
+        self
     }
 
     /// Runs a QMP command; an end of QEMU meanwhile is told as such.
@@ -407,6 +433,7 @@ fn hold(pids: MachinePids) -> Result<Option<Processes>, VmmError> {
     Ok(Some(Processes {
         keeper: open(pids.keeper)?,
         vmm,
+        claimed: AtomicBool::new(false),
     }))
 }
 

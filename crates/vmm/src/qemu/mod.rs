@@ -121,11 +121,11 @@ impl Vmm for QemuVmm {
 
     async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Machine>, VmmError> {
         let BootSpec { machine, memory } = spec;
-        Ok(Arc::new(self.start_cold(machine, &memory).await?))
+        Ok(Arc::new(self.start_cold(machine, &memory).await?.claim()))
     }
 
     async fn restore(&self, spec: RestoreSpec) -> Result<Arc<dyn Machine>, VmmError> {
-        Ok(Arc::new(self.start_saved(spec).await?))
+        Ok(Arc::new(self.start_saved(spec).await?.claim()))
     }
 
     async fn adopt(&self, dir: &Path) -> Result<Option<Arc<dyn Machine>>, VmmError> {
