@@ -216,30 +216,12 @@ impl Log {
         let inner = self.lock();
         inner.end - inner.start
     }
-
-    /// Drops what no lossless reader waits for.
-    pub fn forget(&self) {
-        let mut inner = self.lock();
-        let keep_from = inner.needed_from();
-        inner.drop_until(keep_from);
-        inner.chunks.shrink_to_fit();
-    }
 }
 
 impl Inner {
     /// Where the slowest lossless reader is; the end where there is none.
     fn needed_from(&self) -> u64 {
         self.places.iter().flatten().filter(|p| p.lossless).map(|p| p.at).min().unwrap_or(self.end)
-    }
-
-    fn drop_until(&mut self, offset: u64) {
-        while let Some(first) = self.chunks.front() {
-            if first.end() > offset {
-                break;
-            }
-            self.start = first.end();
-            self.chunks.pop_front();
-        }
     }
 
     fn evict(&mut self) {

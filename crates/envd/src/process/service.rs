@@ -23,8 +23,6 @@ use crate::state::State;
 const OFFSET_HEADER: &str = "wrenn-from-offset";
 /// Native clients: `lossless` makes a Connect hold the program back as Start does.
 const OUTPUT_HEADER: &str = "wrenn-output";
-/// The most input of one message.
-pub const MAX_MESSAGE: usize = 16 << 20;
 
 /// The service.
 #[derive(Debug)]

@@ -6,10 +6,12 @@ use axum::middleware;
 use connectrpc::{ConnectRpcService, Limits};
 use http::StatusCode;
 use tower_http::catch_panic::CatchPanicLayer;
+use wrenn_wire::filesystem::FilesystemExt;
 use wrenn_wire::process::ProcessExt;
 
 use super::error_response;
 use crate::auth;
+use crate::filesystem::FilesystemService;
 use crate::host::Host;
 use crate::process::ProcessService;
 use crate::state::State;
@@ -30,6 +32,7 @@ pub struct Services {
 pub fn router(services: Services) -> axum::Router {
     let Services { state, host } = services;
     let rpc = ProcessService::new(Arc::clone(&state)).register(connectrpc::Router::new());
+    let rpc = Arc::new(FilesystemService::new(Arc::clone(&state))).register(rpc);
     let limits = Limits::default().with_max_request_body_size(MAX_MESSAGE).with_max_message_size(MAX_MESSAGE);
     let rpc = ConnectRpcService::new(rpc).with_limits(limits);
     let rpc = axum::Router::new()
@@ -37,6 +40,7 @@ pub fn router(services: Services) -> axum::Router {
         .route_service("/filesystem.Filesystem/{method}", rpc);
     axum::Router::new()
         .merge(crate::host::router(host))
+        .merge(crate::files::router(Arc::clone(&state)))
         .merge(rpc)
         .fallback(|| async { error_response(StatusCode::NOT_FOUND, "no such route") })
         .layer(middleware::from_fn_with_state(state, auth::check))
