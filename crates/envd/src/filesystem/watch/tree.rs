@@ -183,6 +183,9 @@ impl Tree {
             }
             return Ok(());
         }
+        if is_nameless(name.as_bytes()) && rustix::fs::lstat(self.root.join(&path)).is_err() {
+            return Ok(());
+        }
         let is_dir = raw.flags.contains(ReadFlags::ISDIR);
         let place = (raw.wd, name);
         if raw
@@ -396,6 +399,13 @@ impl Tree {
     }
 }
 
+/// Whether the kernel may call an open file so that has no name (`O_TMPFILE`): by its inode
+/// number. Changes of its mode are told all the same, in spite of `EXCL_UNLINK`.
+fn is_nameless(name: &[u8]) -> bool {
+    name.strip_prefix(b"#")
+        .is_some_and(|digits| !digits.is_empty() && digits.iter().all(u8::is_ascii_digit))
+}
+
 fn meaning(appears: Appears) -> &'static [EventType] {
     match appears {
         Appears::New => &[
@@ -527,6 +537,20 @@ mod tests {
             names(&batch).last().unwrap(),
             &(".".to_owned(), E::EVENT_TYPE_REMOVE)
         );
+    }
+
+    #[test]
+    fn a_name_like_that_of_a_nameless_file_is_reported_when_it_is_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let queue = queue();
+        let mut tree = Tree::plant(&queue, dir.path().to_owned(), Options::default()).unwrap();
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let nameless = rustix::fs::open(dir.path(), flags, Mode::from_raw_mode(0o600)).unwrap();
+        rustix::fs::fchmod(&nameless, Mode::from_raw_mode(0o644)).unwrap();
+        assert_eq!(names(&tree.read(&queue).unwrap()), []);
+        std::fs::File::create(dir.path().join("#123")).unwrap();
+        let seen = names(&tree.read(&queue).unwrap());
+        assert_eq!(seen, [("#123".to_owned(), EventType::EVENT_TYPE_CREATE)]);
     }
 
     #[test]
