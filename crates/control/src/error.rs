@@ -26,4 +26,7 @@ pub enum ControlError {
     /// The listener failed.
     #[error("serving the API failed")]
     Serve(#[source] std::io::Error),
+    /// The rows could not be compared with the host.
+    #[error("comparing the sandboxes with their host failed: {0}")]
+    Reconcile(String),
 }

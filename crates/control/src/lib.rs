@@ -1,68 +1,149 @@
 //! The control plane: who may do what, which sandboxes should exist, and the API.
+//!
+//! ```text
+//! http/native, http/e2b ──▶ app ─┬─▶ wrenn_store   rows: what should be
+//!      translate only            ├─▶ host          a host agent, by RPC: what is
+//!                                └─▶ wrenn_proxy   traffic to sandboxes' ports
+//! auth: who asks      reconcile: rows follow the host      activity: proxied use is use
+//! ```
+//!
+//! [`Control`] is the whole: open it, make the first key, serve. It keeps nothing in memory that it cannot
+//! find again in its database or ask its host for.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod activity;
+mod app;
+mod auth;
 mod config;
 mod error;
+mod first_key;
 pub mod host;
+mod http;
+mod reconcile;
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use config::{ControlConfig, DEFAULT_DOMAIN};
 pub use error::ControlError;
 pub use host::{HostClient, HostTransport};
+use tokio::sync::Mutex;
+use wrenn_proxy::Proxy;
+use wrenn_store::{Store, Timestamp};
 use wrenn_types::ApiKey;
+
+use crate::activity::ProxyActivity;
+use crate::app::App;
+use crate::reconcile::Reconciler;
+
+/// The database's file in the data folder.
+const DATABASE: &str = "wrenn.db";
+
+/// Requests and streams that are under way when the server is told to end get this long.
+const LINGER: Duration = Duration::from_secs(3);
 
 /// A control plane with its database open. Cheap to clone.
 #[derive(Clone)]
 pub struct Control {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    config: ControlConfig,
-    host: HostClient,
-    dialer: Arc<dyn wrenn_proxy::Dial>,
+    app: Arc<App>,
+    reconciler: Arc<Mutex<Reconciler>>,
 }
 
 impl Control {
-    /// Opens the database in the data folder, making it if missing.
+    /// Opens the database in the data folder, making both if missing.
     pub async fn open(
         config: ControlConfig,
         host: HostClient,
         dialer: Arc<dyn wrenn_proxy::Dial>,
     ) -> Result<Control, ControlError> {
-        let inner = Arc::new(Inner { config, host, dialer });
-        Ok(Control { inner })
+        tokio::fs::create_dir_all(&config.data_dir)
+            .await
+            .map_err(|source| ControlError::File {
+                what: "creating",
+                path: config.data_dir.clone(),
+                source,
+            })?;
+        let store = Store::open(&config.data_dir.join(DATABASE)).await?;
+        let team = store.first_team(Timestamp::now()).await?;
+        let activity = Arc::new(ProxyActivity::new(host.clone()));
+        let proxy = Proxy::new(config.domain.clone(), dialer, activity);
+        let app = Arc::new(App::new(config, store, host, proxy, team.id));
+        Ok(Control {
+            app,
+            reconciler: Arc::default(),
+        })
     }
 
     /// Makes the first API key if there is none yet, stores its hash, and writes it to
     /// `{data_dir}/api-key` (mode 0600). `None` when there were keys already.
     pub async fn ensure_first_key(&self) -> Result<Option<ApiKey>, ControlError> {
-        Ok(None)
+        first_key::ensure(&self.app.store, self.app.team, &self.app.config.data_dir).await
     }
 
     /// The API, the E2B layer, the documentation and the proxy to sandbox ports, as one router.
     pub fn router(&self) -> axum::Router {
-        let _ = (&self.inner.config, &self.inner.host, &self.inner.dialer);
-        axum::Router::new()
+        http::router(Arc::clone(&self.app))
     }
 
     /// Compares every row with what the host runs, once. [`Control::serve`] does it at its start
     /// and then periodically.
     pub async fn reconcile(&self) -> Result<(), ControlError> {
-        Ok(())
+        let mut reconciler = self.reconciler.lock().await;
+        reconciler
+            .round(&self.app)
+            .await
+            .map_err(|failure| ControlError::Reconcile(failure.to_string()))
     }
 
-    /// Serves until `shutdown` completes and then a few seconds longer for what is under way.
+    /// Ends all proxied connections of a sandbox, for a host agent in the same process that ends or
+    /// freezes it.
+    pub fn forget_connections(&self, sandbox: wrenn_types::SandboxId) {
+        self.app.proxy.forget(sandbox);
+    }
+
+    /// Serves until `shutdown` completes, and then a few seconds longer for what is under way.
     pub async fn serve(
         &self,
         listener: tokio::net::TcpListener,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), ControlError> {
-        axum::serve(listener, self.router())
-            .with_graceful_shutdown(shutdown)
-            .await
-            .map_err(ControlError::Serve)
+        let control = self.clone();
+        let rounds = tokio::spawn(async move {
+            loop {
+                if let Err(e) = control.reconcile().await {
+                    tracing::warn!(error = %e, "not all rows could be compared with the host");
+                }
+                tokio::time::sleep(control.app.config.reconcile_every).await;
+            }
+        });
+        let (ended, told) = tokio::sync::oneshot::channel::<()>();
+        let service = self
+            .router()
+            .into_make_service_with_connect_info::<SocketAddr>();
+        let server = axum::serve(listener, service).with_graceful_shutdown(async move {
+            shutdown.await;
+            // Nobody listens any more: then nobody needs to know.
+            let _ = ended.send(());
+        });
+        let served = tokio::select! {
+            served = server => served.map_err(ControlError::Serve),
+            () = async {
+                // An error means that the server is gone, and that is told by the other branch.
+                if told.await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                tokio::time::sleep(LINGER).await;
+            } => Ok(()),
+        };
+        rounds.abort();
+        self.app.store.close().await;
+        served
     }
+}
+
+/// The OpenAPI document as YAML, as `/openapi.yaml` serves it and `docs/openapi.yaml` keeps it.
+pub fn openapi_yaml() -> String {
+    http::document().to_yaml().unwrap_or_default()
 }

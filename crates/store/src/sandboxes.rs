@@ -37,7 +37,7 @@ pub struct NewSandbox {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Inserted {
     /// The row is there.
-    New(SandboxRow),
+    New(Box<SandboxRow>),
     /// Its idempotency key was used before; nothing was inserted.
     KeyTaken,
 }
@@ -228,7 +228,7 @@ impl Store {
         }
         let row = read(&row)?;
         tx.commit().await.map_err(failed())?;
-        Ok(Inserted::New(row))
+        Ok(Inserted::New(Box::new(row)))
     }
 
     /// A team's sandbox.

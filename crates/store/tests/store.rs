@@ -48,7 +48,7 @@ impl Bed {
 
     async fn insert(&self, new: NewSandbox) -> SandboxRow {
         match self.store.insert_sandbox(new, NOW).await.unwrap() {
-            Inserted::New(row) => row,
+            Inserted::New(row) => *row,
             Inserted::KeyTaken => panic!("the key was free"),
         }
     }

@@ -15,8 +15,12 @@ use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 use wrenn_wire::wrenn::host::v1::HostServiceClient;
 
+mod view;
+
+pub(crate) use view::{Garbled, HostInfo, HostSandbox};
+
 /// A reply's body, whatever transport it came by.
-type ReplyBody = UnsyncBoxBody<Bytes, ConnectError>;
+pub type ReplyBody = UnsyncBoxBody<Bytes, ConnectError>;
 
 /// A transport to a host agent with its kind erased.
 pub type HostTransport =
@@ -24,6 +28,9 @@ pub type HostTransport =
 
 /// Speaks to a host agent. Made by [`in_process`] or [`over`].
 pub type HostClient = HostServiceClient<HostTransport>;
+
+/// A stream of messages from a host agent.
+pub(crate) type HostStream<V> = connectrpc::client::ServerStream<ReplyBody, V>;
 
 /// A client of a host agent that runs in this process: its service is called directly,
 /// without a socket between.

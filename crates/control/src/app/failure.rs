@@ -1,0 +1,180 @@
+//! Why a request was not fulfilled, in the words of the API.
+
+use connectrpc::{ConnectError, ErrorCode};
+use serde_json::{Map, Value};
+use wrenn_store::StoreError;
+
+/// The stable words for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// The request itself is wrong.
+    InvalidRequest,
+    /// No valid credential.
+    Unauthorized,
+    /// No such thing, or another team's.
+    NotFound,
+    /// The method does not exist on this path.
+    MethodNotAllowed,
+    /// It contradicts something that is there.
+    Conflict,
+    /// Not in the state the sandbox is in.
+    InvalidState,
+    /// The body is larger than allowed.
+    TooLarge,
+    /// Our fault.
+    InternalError,
+    /// Not offered by this server.
+    NotImplemented,
+    /// The host or the guest agent failed.
+    AgentError,
+    /// The host does not answer.
+    HostUnavailable,
+    /// No host has room.
+    NoHostsAvailable,
+    /// The sandbox's disk is full.
+    NoSpace,
+}
+
+impl Code {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Code::InvalidRequest => "invalid_request",
+            Code::Unauthorized => "unauthorized",
+            Code::NotFound => "not_found",
+            Code::MethodNotAllowed => "method_not_allowed",
+            Code::Conflict => "conflict",
+            Code::InvalidState => "invalid_state",
+            Code::TooLarge => "too_large",
+            Code::InternalError => "internal_error",
+            Code::NotImplemented => "not_implemented",
+            Code::AgentError => "agent_error",
+            Code::HostUnavailable => "host_unavailable",
+            Code::NoHostsAvailable => "no_hosts_available",
+            Code::NoSpace => "no_space",
+        }
+    }
+
+    /// Its HTTP status.
+    pub const fn status(self) -> u16 {
+        match self {
+            Code::InvalidRequest => 400,
+            Code::Unauthorized => 401,
+            Code::NotFound => 404,
+            Code::MethodNotAllowed => 405,
+            Code::Conflict | Code::InvalidState => 409,
+            Code::TooLarge => 413,
+            Code::InternalError => 500,
+            Code::NotImplemented => 501,
+            Code::AgentError => 502,
+            Code::HostUnavailable | Code::NoHostsAvailable => 503,
+            Code::NoSpace => 507,
+        }
+    }
+}
+
+/// Why a request was not fulfilled.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// For programs.
+    pub code: Code,
+    /// For people: what, to what, and what to do.
+    pub message: String,
+    /// More for programs, beside `code` and `message`.
+    pub details: Map<String, Value>,
+    /// E2B's own word for it.
+    pub e2b: Option<&'static str>,
+}
+
+impl Failure {
+    /// A failure with its two texts.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Failure {
+            code,
+            message: message.into(),
+            details: Map::new(),
+            e2b: None,
+        }
+    }
+
+    /// The request itself is wrong.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Failure::new(Code::InvalidRequest, message)
+    }
+
+    /// There is nothing of that name.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Failure::new(Code::NotFound, message)
+    }
+
+    /// Adds something for programs.
+    pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.details.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// Adds E2B's word.
+    pub fn with_e2b(mut self, word: &'static str) -> Self {
+        self.e2b = Some(word);
+        self
+    }
+}
+
+/// An error with all its causes in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        let more = e.to_string();
+        // Some libraries repeat their cause in their own text.
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = e.source();
+    }
+    text
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        tracing::error!(error = %chain(&error), "the database failed");
+        Failure::new(
+            Code::InternalError,
+            "the server's database failed; its log says why",
+        )
+    }
+}
+
+impl From<crate::host::Garbled> for Failure {
+    fn from(error: crate::host::Garbled) -> Self {
+        tracing::error!(%error, "the host agent is not understood");
+        Failure::new(Code::AgentError, error.to_string())
+    }
+}
+
+/// What the host agent's refusal means to a client. The agent's messages name the thing, so they
+/// are passed on.
+impl From<ConnectError> for Failure {
+    fn from(error: ConnectError) -> Self {
+        let code = match error.code {
+            ErrorCode::InvalidArgument | ErrorCode::OutOfRange => Code::InvalidRequest,
+            ErrorCode::NotFound => Code::NotFound,
+            ErrorCode::AlreadyExists => Code::Conflict,
+            ErrorCode::FailedPrecondition | ErrorCode::Aborted => Code::InvalidState,
+            ErrorCode::ResourceExhausted => Code::NoHostsAvailable,
+            ErrorCode::Unavailable => Code::HostUnavailable,
+            ErrorCode::Unimplemented => Code::NotImplemented,
+            _ => Code::AgentError,
+        };
+        let message = match &error.message {
+            Some(message) if !message.is_empty() => message.clone(),
+            _ => format!("the host agent answered `{}`", error.code.as_str()),
+        };
+        if matches!(code, Code::AgentError | Code::HostUnavailable) {
+            tracing::warn!(error = %chain(&error), "the host agent failed");
+        }
+        Failure::new(code, message)
+    }
+}

@@ -1,0 +1,97 @@
+//! Use cases: what the API can do, without HTTP. Both HTTP layers only translate.
+
+mod exec;
+mod failure;
+mod files;
+mod info;
+mod keys;
+mod sandboxes;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::Mutex as AsyncMutex;
+use wrenn_proxy::Proxy;
+use wrenn_store::Store;
+use wrenn_types::{SandboxId, TeamId};
+
+pub(crate) use exec::{ExecDone, ExecSpec, Following, Input, OUTPUT_LIMIT, ProcessEvent, Selector};
+pub(crate) use failure::{Code, Failure, chain};
+pub(crate) use files::Upload;
+pub(crate) use info::template_name;
+pub(crate) use keys::NewApiKey;
+pub(crate) use sandboxes::{Clock, CreateSpec, Destroyed, Phase, Sandbox};
+
+use crate::ControlConfig;
+use crate::host::{HostClient, HostInfo};
+
+/// The state all requests share.
+pub(crate) struct App {
+    pub(crate) config: ControlConfig,
+    pub(crate) store: Store,
+    pub(crate) host: HostClient,
+    pub(crate) proxy: Proxy,
+    /// Who owns what an embedded server makes.
+    pub(crate) team: TeamId,
+    pub(crate) busy: Busy,
+    /// The host's last self-description, to check requests without asking each time.
+    info: AsyncMutex<Option<(Instant, Arc<HostInfo>)>>,
+}
+
+impl App {
+    pub(crate) fn new(
+        config: ControlConfig,
+        store: Store,
+        host: HostClient,
+        proxy: Proxy,
+        team: TeamId,
+    ) -> Self {
+        App {
+            config,
+            store,
+            host,
+            proxy,
+            team,
+            busy: Busy::default(),
+            info: AsyncMutex::new(None),
+        }
+    }
+}
+
+/// The sandboxes on which this process is at work right now. The reconciler leaves them alone:
+/// whoever is at work will leave the transitional state by itself.
+#[derive(Default, Clone)]
+pub(crate) struct Busy(Arc<Mutex<HashSet<SandboxId>>>);
+
+impl Busy {
+    /// Marks a sandbox; `None` when somebody is at work on it already.
+    pub(crate) fn claim(&self, id: SandboxId) -> Option<Claim> {
+        let mut set = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        set.insert(id).then(|| Claim {
+            busy: self.clone(),
+            id,
+        })
+    }
+
+    /// Whether somebody is at work on it.
+    pub(crate) fn is_claimed(&self, id: SandboxId) -> bool {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&id)
+    }
+}
+
+/// A mark in [`Busy`], gone when dropped.
+pub(crate) struct Claim {
+    busy: Busy,
+    id: SandboxId,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut set = self.busy.0.lock().unwrap_or_else(PoisonError::into_inner);
+        set.remove(&self.id);
+    }
+}
