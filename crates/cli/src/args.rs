@@ -43,11 +43,11 @@ pub(crate) struct GlobalArgs {
     /// Configuration file [env: WRENN_CONFIG] [default: ~/.config/wrenn/config.toml, else /etc/wrenn/config.toml]
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// When to use colours [env: WRENN_COLOR, NO_COLOR] [default: auto]
-    #[arg(long, global = true, value_name = "WHEN", hide_possible_values = false)]
+    /// When to use colours: auto, always, never [env: WRENN_COLOR, NO_COLOR] [default: auto]
+    #[arg(long, global = true, value_name = "WHEN", hide_possible_values = true)]
     pub(crate) color: Option<ColorChoice>,
-    /// Form of log lines on stderr; what is logged says WRENN_LOG or RUST_LOG [env: WRENN_LOG_FORMAT] [default: text]
-    #[arg(long, global = true, value_name = "FORM")]
+    /// Form of log lines on stderr: text, json; WRENN_LOG or RUST_LOG says what is logged [env: WRENN_LOG_FORMAT] [default: text]
+    #[arg(long, global = true, value_name = "FORM", hide_possible_values = true)]
     pub(crate) log_format: Option<LogFormat>,
 }
 

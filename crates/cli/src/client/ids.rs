@@ -14,7 +14,7 @@ impl Client {
         if given.parse::<SandboxId>().is_ok() {
             return Ok(given.to_owned());
         }
-        let all = self.list_sandboxes(None).await?;
+        let all = self.list_sandboxes(&[]).await?;
         choose(given, all.iter().map(|(sandbox, _)| sandbox.id.as_str()))
     }
 }

@@ -180,12 +180,6 @@ impl Client {
         self.base.as_str().trim_end_matches('/').to_owned()
     }
 
-    /// What the server says about itself, without a key.
-    pub(crate) async fn health(&self) -> Result<Value, ClientError> {
-        self.json(self.http.get(self.url(&["health"])).timeout(LOOKUP_TIMEOUT))
-            .await
-    }
-
     /// What the host has and runs.
     pub(crate) async fn host(&self) -> Result<HostInfo, ClientError> {
         let request = self.lookup(&["v1", "host"]);

@@ -53,7 +53,8 @@ impl Client {
             return error;
         };
         match self.host().await {
-            Ok(host) => {
+            // Right after its start a server may not have any to tell yet.
+            Ok(host) if !host.templates.is_empty() => {
                 let mut known: Vec<_> = host
                     .templates
                     .into_iter()
@@ -66,22 +67,20 @@ impl Client {
                     known,
                 }
             }
-            Err(_) => error,
+            Ok(_) | Err(_) => error,
         }
     }
 
-    /// All sandboxes, each with the server's own words.
+    /// All sandboxes that fit the API's query parameters in `filter`, each with the server's own words.
     pub(crate) async fn list_sandboxes(
         &self,
-        state: Option<&str>,
+        filter: &[(&str, &str)],
     ) -> Result<Vec<(Sandbox, Value)>, ClientError> {
         let mut all = Vec::new();
         let mut cursor: Option<String> = None;
         loop {
             let mut request = self.lookup(&["v1", "sandboxes"]);
-            if let Some(state) = state {
-                request = request.query(&[("state", state)]);
-            }
+            request = request.query(filter);
             if let Some(cursor) = &cursor {
                 request = request.query(&[("cursor", cursor)]);
             }
@@ -119,10 +118,17 @@ impl Client {
             .map(|_| ())
     }
 
-    /// Console and agent log.
-    pub(crate) async fn logs(&self, id: &str) -> Result<reqwest::Response, ClientError> {
-        self.send(self.lookup(&["v1", "sandboxes", id, "logs"]))
-            .await
+    /// Console and agent log, or its newest `tail` bytes.
+    pub(crate) async fn logs(
+        &self,
+        id: &str,
+        tail: Option<u64>,
+    ) -> Result<reqwest::Response, ClientError> {
+        let mut request = self.lookup(&["v1", "sandboxes", id, "logs"]);
+        if let Some(tail) = tail {
+            request = request.query(&[("tail_bytes", tail)]);
+        }
+        self.send(request).await
     }
 
     /// Runs a program to its end, unary.

@@ -139,9 +139,6 @@ pub(crate) struct HostInfo {
 pub(crate) struct TemplateInfo {
     /// Its name.
     pub(crate) name: String,
-    /// `sha256:…`
-    #[serde(default)]
-    pub(crate) digest: String,
 }
 
 /// Reads a value of the server.

@@ -66,7 +66,7 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     if args.destroy {
         let client = context.client()?;
         let ids = client
-            .list_sandboxes(None)
+            .list_sandboxes(&[])
             .await?
             .into_iter()
             .map(|(sandbox, _)| sandbox.id)
@@ -88,7 +88,7 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
         }
         left = Some(Vec::new());
     } else if let Ok(client) = context.client()
-        && let Ok(sandboxes) = client.list_sandboxes(None).await
+        && let Ok(sandboxes) = client.list_sandboxes(&[]).await
     {
         // Only to tell; a server that does not answer is to be stopped all the same.
         left = Some(

@@ -16,7 +16,8 @@ pub(crate) fn run(_args: &Args) -> ExitCode {
         let sockets: Result<[OwnedFd; 2], _> = companions.try_into();
         // A machine without a network has no sockets for a resolver either.
         if let Ok([udp, tcp]) = sockets {
-            relay::serve(udp, tcp, Upstreams::from_resolv_conf());
+            let error = relay::serve(udp, tcp, Upstreams::from_resolv_conf());
+            tracing::error!(%error, "the DNS relay of this machine ended");
         }
     })
 }

@@ -85,9 +85,9 @@ impl Table {
                 let cell = Cell::new(text);
                 match tone {
                     Tone::Plain => cell,
-                    Tone::Good => cell.fg(Color::Green),
-                    Tone::Doubtful => cell.fg(Color::Yellow),
-                    Tone::Bad => cell.fg(Color::Red),
+                    Tone::Good => cell.fg(Color::DarkGreen),
+                    Tone::Doubtful => cell.fg(Color::DarkYellow),
+                    Tone::Bad => cell.fg(Color::DarkRed),
                     Tone::Dim => cell.add_attribute(Attribute::Dim),
                 }
             }));

@@ -33,6 +33,9 @@ const TARGET_CPU: f64 = 1.5;
 /// A sandbox is idle once its start has died away.
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// The label of sandboxes made here, by which those under way at a Ctrl-C are found.
+const LABEL: &str = "wrenn.bench";
+
 /// Options of `wrenn bench start`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -151,11 +154,12 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
         context,
         args,
         made: Vec::new(),
+        label: uuid::Uuid::new_v4().to_string(),
     };
     let outcome = tokio::select! {
         outcome = bench.measure() => outcome,
         signal = signals.next() => {
-            bench.clean().await;
+            bench.clean_all().await;
             return Ok(Exit::Signal(signal));
         }
     };
@@ -200,6 +204,8 @@ struct Bench<'a> {
     args: &'a Args,
     /// Sandboxes to end.
     made: Vec<String>,
+    /// What marks them.
+    label: String,
 }
 
 impl Bench<'_> {
@@ -215,6 +221,7 @@ impl Bench<'_> {
     fn request(&self) -> CreateRequest {
         CreateRequest {
             template: Some(self.args.template.clone()),
+            metadata: BTreeMap::from([(LABEL.to_owned(), self.label.clone())]),
             ..CreateRequest::default()
         }
     }
@@ -409,6 +416,19 @@ impl Bench<'_> {
             );
         }
         Ok((memory, cpu))
+    }
+
+    /// Ends what was made and what is just being made.
+    async fn clean_all(&mut self) {
+        let mark = format!("metadata.{LABEL}");
+        match self.client.list_sandboxes(&[(&mark, &self.label)]).await {
+            Ok(all) => self.made = all.into_iter().map(|(sandbox, _)| sandbox.id).collect(),
+            Err(error) => self
+                .context
+                .printer
+                .warn(format!("cannot list what is left: {error}")),
+        }
+        self.clean().await;
     }
 
     /// Ends what was made.

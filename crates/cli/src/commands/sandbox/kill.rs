@@ -32,7 +32,7 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     if args.all {
         ids.extend(
             client
-                .list_sandboxes(None)
+                .list_sandboxes(&[])
                 .await?
                 .into_iter()
                 .map(|(sandbox, _)| sandbox.id),

@@ -12,7 +12,7 @@ use crate::output::{Table, Tone, age, with_spinner};
 /// Options of `wrenn sandbox list`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Only those in this state, such as `running`
+    /// Only those in this state, such as `running`; `all` also shows those that have ended
     #[arg(long)]
     state: Option<String>,
     /// Only the ids, one a line
@@ -26,10 +26,11 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let state = args.state.as_deref();
+    let filter: Vec<_> = state.map(|state| ("state", state)).into_iter().collect();
     let mut all = with_spinner(
         &context.printer,
         "asking the server",
-        client.list_sandboxes(state),
+        client.list_sandboxes(&filter),
     )
     .await?;
     // Ids start with the time of their making.
@@ -43,7 +44,7 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
             printer.line(&sandbox.id);
         }
     } else if all.is_empty() {
-        printer.note(match state {
+        printer.note(match state.filter(|state| *state != "all") {
             Some(state) => format!("no sandbox is {state}"),
             None => "no sandboxes: `wrenn sandbox create` makes one".to_owned(),
         });

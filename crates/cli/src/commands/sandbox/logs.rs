@@ -3,7 +3,6 @@
 use futures::TryStreamExt;
 use tokio::io::AsyncWriteExt;
 
-use crate::args::OutputArgs;
 use crate::commands::Context;
 use crate::error::Failure;
 use crate::exit::Exit;
@@ -13,15 +12,16 @@ use crate::exit::Exit;
 pub(crate) struct Args {
     /// Which sandbox
     id: String,
-    #[command(flatten)]
-    pub(crate) output: OutputArgs,
+    /// Only the newest so many bytes [default: all that is kept]
+    #[arg(long, value_name = "BYTES")]
+    tail: Option<u64>,
 }
 
 /// Prints the log as it is.
 pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let id = client.find(&args.id).await?;
-    let answer = client.logs(&id).await?;
+    let answer = client.logs(&id, args.tail).await?;
     let mut chunks = answer.bytes_stream();
     let mut stdout = tokio::io::stdout();
     while let Some(chunk) = chunks

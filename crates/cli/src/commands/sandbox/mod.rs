@@ -45,8 +45,7 @@ impl Command {
             Command::List(args) => args.output.json,
             Command::Inspect(args) => args.output.json,
             Command::Kill(args) => args.output.json,
-            Command::Logs(args) => args.output.json,
-            Command::Exec(_) | Command::Shell(_) | Command::Cp(_) => false,
+            Command::Exec(_) | Command::Shell(_) | Command::Cp(_) | Command::Logs(_) => false,
         }
     }
 

@@ -20,12 +20,8 @@ pub(super) async fn run(
 ) -> Result<(), Failure> {
     let client = Client::at(settings, &format!("http://{address}"))?;
     let started = Instant::now();
-    let create = with_spinner(
-        printer,
-        "creating a sandbox",
-        client.create(&CreateRequest::default()),
-    );
-    let created = create.await?;
+    let request = CreateRequest::default();
+    let created = with_spinner(printer, "creating a sandbox", client.create(&request)).await?;
     let create_took = started.elapsed();
 
     let command = Command {
