@@ -232,13 +232,10 @@ impl HostAgent {
     /// or are ended with `destroy`.
     pub async fn shutdown(self, destroy: bool) {
         self.parts.manager.close();
-        self.filler.abort();
-        // An aborted fill may have held a machine that nobody knows; the next start sweeps it.
-        let _ = self.filler.await;
         if destroy {
             self.parts.manager.destroy_all().await;
         }
-        self.parts.pool.drain().await;
+        self.parts.pool.close(self.filler).await;
         self.parts.site.slots.shutdown().await;
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::guest::Identity;
@@ -30,6 +30,7 @@ pub struct Pool {
     /// Creates under way that found the pool empty; while there are any, the processor is
     /// theirs and the pool makes none.
     busy: Arc<tokio::sync::RwLock<()>>,
+    closing: watch::Sender<bool>,
 }
 
 impl Pool {
@@ -41,6 +42,7 @@ impl Pool {
             waiting: Mutex::default(),
             wanted: Notify::new(),
             busy: Arc::default(),
+            closing: watch::Sender::new(false),
         })
     }
 
@@ -77,14 +79,16 @@ impl Pool {
         self.busy.clone().read_owned().await
     }
 
-    /// Keeps `size` machines of `template` ready until it is aborted.
+    /// Keeps `size` machines of `template` ready until the pool is closed.
     pub fn keep_filled(self: &Arc<Self>, template: String, size: usize) -> JoinHandle<()> {
         let pool = self.clone();
         tokio::spawn(async move {
-            loop {
+            while !*pool.closing.borrow() {
                 if pool.ready() >= size {
-                    pool.wanted.notified().await;
-                    continue;
+                    tokio::select! {
+                        () = pool.wanted.notified() => continue,
+                        () = pool.closed() => return,
+                    }
                 }
                 // Waits for creates under way, and does not hold up later ones.
                 drop(pool.busy.write().await);
@@ -94,9 +98,13 @@ impl Pool {
                 };
                 match made {
                     Ok(machine) => pool.waiting().push_back(machine),
+                    Err(_) if *pool.closing.borrow() => return,
                     Err(error) => {
                         tracing::warn!(%error, "the pool could not make a machine");
-                        tokio::time::sleep(RETRY_PAUSE).await;
+                        tokio::select! {
+                            () = tokio::time::sleep(RETRY_PAUSE) => {}
+                            () = pool.closed() => return,
+                        }
                     }
                 }
             }
@@ -127,7 +135,13 @@ impl Pool {
             machine.vm.stop().await?;
             Ok::<(), MachineError>(())
         };
-        match prepare.await {
+        // Cut short when the pool closes, so that nobody waits for a machine to warm up
+        // that is not needed any more.
+        let prepared = tokio::select! {
+            prepared = prepare => prepared,
+            () = self.closed() => Err(MachineError::PoolClosed),
+        };
+        match prepared {
             Ok(()) => {
                 tracing::debug!(took_ms = started.elapsed().as_millis(), "a machine waits");
                 Ok(machine)
@@ -139,8 +153,18 @@ impl Pool {
         }
     }
 
-    /// Ends all waiting machines.
-    pub async fn drain(&self) {
+    async fn closed(&self) {
+        // The sender lives as long as the pool.
+        let _ = self.closing.subscribe().wait_for(|closing| *closing).await;
+    }
+
+    /// Makes no more machines and ends those that wait. `filler` is what
+    /// [`Pool::keep_filled`] returned.
+    pub async fn close(&self, filler: JoinHandle<()>) {
+        self.closing.send_replace(true);
+        if let Err(error) = filler.await {
+            tracing::error!(%error, "the task that fills the pool broke");
+        }
         let machines: Vec<_> = self.waiting().drain(..).collect();
         for machine in machines {
             machine.give_back(&self.site).await;

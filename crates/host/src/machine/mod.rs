@@ -46,6 +46,9 @@ pub enum MachineError {
     /// No secrets could be made.
     #[error(transparent)]
     Secret(#[from] SecretError),
+    /// It was being made for the pool, which is closed now.
+    #[error("the pool closed while the machine was being made")]
+    PoolClosed,
     /// A file of the machine could not be handled.
     #[error("cannot {action} {path}: {source}")]
     File {

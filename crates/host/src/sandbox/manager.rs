@@ -148,6 +148,8 @@ impl Manager {
             (Some(machine), Some(journal)) => {
                 let slot = machine.record.slot;
                 let id = journal.sandbox;
+                // The slot does not remember what its tenant may do.
+                machine.slot.set_internet(journal.allow_internet).await?;
                 let (owner, handle) = Owner::new(
                     id,
                     &journal.template,
