@@ -286,6 +286,9 @@ async fn g27_no_byte_is_lost_however_many_write_and_stand_still() {
     let dir = tempfile::tempdir().unwrap();
     for n in 0..40 {
         let client = clients[n % 2].clone();
+        // With connections of its own: on a shared HTTP/2 one, the client's window would be
+        // full of what it does not read.
+        let idler = clients[0].clone();
         let file = dir.path().join(n.to_string());
         tasks.spawn(async move {
             // What was written is known from a copy that the agent never sees.
@@ -293,9 +296,9 @@ async fn g27_no_byte_is_lost_however_many_write_and_stand_still() {
             let mut stream = client.start(sh(&script)).await.unwrap();
             let mut told = Told::default();
             follow!(stream, told, |t| t.pid > 0).unwrap();
-            // A reader that never reads, and one that counts what it missed.
+            // A reader that never reads.
             let connect = wire::ConnectRequest { process: pid(told.pid), ..Default::default() };
-            let stuck = client.connect(connect).await.unwrap();
+            let stuck = idler.connect(connect).await.unwrap();
             follow!(stream, told, |_| false).unwrap();
             assert_eq!(told.status(), "exit status 0");
             assert!(told.largest <= 32 * 1024);
