@@ -1,4 +1,5 @@
 //! `/files` as clients use it: every line of the contract's section 3.1.
+#![allow(clippy::unwrap_used)]
 
 mod files_support;
 
@@ -740,4 +741,88 @@ async fn a_file_that_shrinks_during_its_download_breaks_the_transfer() {
         .unwrap();
     let body = tokio::time::timeout(files_support::PATIENCE, response.into_body().collect());
     assert!(body.await.expect("an end").is_err());
+}
+
+#[tokio::test]
+async fn g33_files_are_open_to_the_token_and_to_signatures_made_with_it() {
+    use wrenn_envd::auth::{AccessToken, Operation, sign};
+    let envd = Envd::start();
+    let dir = shared_dir();
+    let path = path_of(dir.path(), "f");
+    let init = envd
+        .post(
+            "/init",
+            &[("content-type", "application/json")],
+            r#"{"accessToken":"secret"}"#,
+        )
+        .await;
+    assert_eq!(init.status, StatusCode::NO_CONTENT, "{:?}", init.body);
+    let token = AccessToken::new("secret".into()).unwrap();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    let soon = i64::try_from(now.as_secs()).unwrap() + 60;
+    let signed = |operation, user: &str, at: Option<i64>| {
+        let signature = sign(&token, operation, &path, user, at);
+        let mut query = format!("path={}&signature={}", escape(&path), escape(&signature));
+        if !user.is_empty() {
+            query += &format!("&username={user}");
+        }
+        if let Some(at) = at {
+            query += &format!("&signature_expiration={at}");
+        }
+        query
+    };
+    let written = envd
+        .post(
+            &format!("/files?{}", signed(Operation::Write, "", Some(soon))),
+            &[OCTETS],
+            "x",
+        )
+        .await;
+    assert_eq!(written.status, StatusCode::OK, "{:?}", written.body);
+    let plain = format!("path={}", escape(&path));
+    for (query, headers, text) in [
+        (plain.clone(), vec![], "missing signature query parameter"),
+        (
+            plain.clone(),
+            vec![("x-access-token", "wrong")],
+            "access token present in header but does not match",
+        ),
+        (
+            signed(Operation::Write, "", None),
+            vec![],
+            "invalid signature",
+        ),
+        (
+            signed(Operation::Read, "", None) + "&username=nobody",
+            vec![],
+            "invalid signature",
+        ),
+        (
+            signed(Operation::Read, "", Some(1000)),
+            vec![],
+            "signature is already expired",
+        ),
+    ] {
+        let answer = envd.get(&query, &headers).await;
+        assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{query}");
+        assert_eq!(answer.message(), text);
+    }
+    for (query, headers) in [
+        (plain, vec![("x-access-token", "secret")]),
+        (signed(Operation::Read, "", None), vec![]),
+        (signed(Operation::Read, "nobody", Some(soon)), vec![]),
+    ] {
+        let answer = envd.get(&query, &headers).await;
+        assert_eq!(
+            (answer.status, &answer.body[..]),
+            (StatusCode::OK, &b"x"[..]),
+            "{query}"
+        );
+    }
+    let json = [("content-type", "application/json")];
+    let body = serde_json::json!({"source_paths": [path], "destination": "/tmp/never"}).to_string();
+    let answer = envd.post("/files/compose", &json, body).await;
+    assert_eq!(answer.status, StatusCode::UNAUTHORIZED);
 }

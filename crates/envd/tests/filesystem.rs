@@ -1,5 +1,6 @@
 //! `filesystem.Filesystem` as clients use it, in both codecs: the contract's sections 3.2
 //! and 3.3.
+#![allow(clippy::unwrap_used)]
 
 mod files_support;
 
@@ -641,6 +642,15 @@ async fn a_recursive_watcher_follows_new_directories() {
             .await
             .unwrap();
         assert_eq!(watcher.events().await, ["CREATE new", "CREATE new/deep"]);
+        envd.put(&text(&dir.path().join("at/once/f")), &[], "x")
+            .await;
+        let events = watcher.events().await;
+        assert_eq!(events[..2], ["CREATE at", "CREATE at/once"]);
+        assert_eq!(
+            events.iter().filter(|e| *e == "CREATE at/once/f").count(),
+            1
+        );
+        assert!(events.contains(&"WRITE at/once/f".to_owned()), "{events:?}");
         envd.put(&text(&dir.path().join("new/deep/f")), &[], "x")
             .await;
         assert_eq!(

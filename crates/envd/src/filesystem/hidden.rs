@@ -23,6 +23,11 @@ pub enum Appears {
 }
 
 impl Appears {
+    /// Whether there was no such file before.
+    pub fn is_new(self) -> bool {
+        self != Appears::Replaced
+    }
+
     fn letter(self) -> char {
         match self {
             Appears::New => 'n',

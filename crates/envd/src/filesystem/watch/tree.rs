@@ -192,22 +192,23 @@ impl Tree {
             .flags
             .intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO)
         {
-            match self.appearing.remove(&raw.cookie) {
-                Some(appears) if raw.cookie != 0 => {
-                    self.found.remove(&place);
-                    self.found_before.remove(&place);
-                    for kind in meaning(appears) {
-                        self.report(&path, *kind, batch);
-                    }
-                    return Ok(());
+            let told = self.found.remove(&place) | self.found_before.remove(&place);
+            if raw.cookie != 0
+                && let Some(appears) = self.appearing.remove(&raw.cookie)
+            {
+                for kind in &meaning(appears)[usize::from(told && appears.is_new())..] {
+                    self.report(&path, *kind, batch);
                 }
-                _ => {}
+                return Ok(());
             }
-            if !self.found.remove(&place) && !self.found_before.remove(&place) {
+            if !told {
                 self.report(&path, EventType::EVENT_TYPE_CREATE, batch);
             }
-            if is_dir && self.options.recursive {
-                return self.arrive(queue, place.0, place.1, raw.cookie, batch);
+            // What was found has been looked into as well.
+            let known = told && !self.leaving.contains_key(&raw.cookie);
+            if is_dir && self.options.recursive && !known {
+                let made = raw.flags.contains(ReadFlags::CREATE);
+                return self.arrive(queue, place, raw.cookie, made, batch);
             }
         } else if raw.flags.contains(ReadFlags::MODIFY) {
             self.report(&path, EventType::EVENT_TYPE_WRITE, batch);
@@ -271,13 +272,14 @@ impl Tree {
         batch.events.push(Event { name, kind, entry });
     }
 
-    /// A directory has appeared under a watched one: known, if it was moved here, else new.
+    /// A directory has appeared under a watched one: known, if it was moved here from
+    /// another, else new to us, `made` or moved.
     fn arrive(
         &mut self,
         queue: &OwnedFd,
-        parent: i32,
-        name: OsString,
+        (parent, name): (i32, OsString),
         cookie: u32,
+        made: bool,
         batch: &mut Batch,
     ) -> Result<(), FsError> {
         if let Some(wd) = self.leaving.remove(&cookie)
@@ -288,7 +290,7 @@ impl Tree {
             return Ok(());
         }
         if let Some(wd) = self.add(queue, parent, &name)? {
-            self.descend(queue, wd, Some(batch))?;
+            self.descend(queue, wd, Some((batch, made)))?;
         }
         Ok(())
     }
@@ -321,12 +323,13 @@ impl Tree {
     }
 
     /// Watches all directories below one, and with a batch reports what is found there:
-    /// things that were made before the watch was.
+    /// things that were made before the watch was. Files with contents in a directory that
+    /// has just been `made` were written as well.
     fn descend(
         &mut self,
         queue: &OwnedFd,
         top: i32,
-        mut batch: Option<&mut Batch>,
+        mut batch: Option<(&mut Batch, bool)>,
     ) -> Result<(), FsError> {
         let mut todo = vec![top];
         while let Some(wd) = todo.pop() {
@@ -347,9 +350,13 @@ impl Tree {
                     continue;
                 }
                 let name = OsStr::from_bytes(bytes);
-                if let Some(batch) = batch.as_deref_mut() {
+                if let Some((batch, made)) = &mut batch {
                     self.found.insert((wd, name.to_owned()));
-                    self.report(&relative.join(name), EventType::EVENT_TYPE_CREATE, batch);
+                    let below = relative.join(name);
+                    self.report(&below, EventType::EVENT_TYPE_CREATE, batch);
+                    if *made && has_contents(&path.join(name)) {
+                        self.report(&below, EventType::EVENT_TYPE_WRITE, batch);
+                    }
                 }
                 // Some file systems do not say what an entry is; `add` only takes directories.
                 let may_be_dir = matches!(item.file_type(), Kind::Directory | Kind::Unknown);
@@ -397,6 +404,12 @@ impl Tree {
             }
         }
     }
+}
+
+fn has_contents(path: &Path) -> bool {
+    rustix::fs::lstat(path).is_ok_and(|stat| {
+        Kind::from_raw_mode(stat.st_mode) == Kind::RegularFile && stat.st_size > 0
+    })
 }
 
 /// Whether the kernel may call an open file so that has no name (`O_TMPFILE`): by its inode
@@ -487,9 +500,10 @@ mod tests {
         std::fs::create_dir_all(dir.path().join("a/b/c")).unwrap();
         std::fs::write(dir.path().join("a/b/c/f"), "x").unwrap();
         let batch = tree.read(&queue).unwrap();
-        let expected: Vec<_> = ["a", "a/b", "a/b/c", "a/b/c/f"]
+        let mut expected: Vec<_> = ["a", "a/b", "a/b/c", "a/b/c/f"]
             .map(|n| (n.to_owned(), create))
             .into();
+        expected.push(("a/b/c/f".to_owned(), write));
         assert_eq!(names(&batch), expected);
         // Watched by now.
         std::fs::write(dir.path().join("a/b/c/g"), "x").unwrap();
