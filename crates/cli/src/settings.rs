@@ -361,7 +361,7 @@ fn parse_config(path: &Path, text: &str) -> Result<FileConfig, SettingsError> {
         // Only the message: the excerpt that `Display` adds may hold the API key.
         let line = error
             .span()
-            .map(|span| text[..span.start.min(text.len())].lines().count().max(1));
+            .map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
         let reason = match line {
             Some(line) => format!("line {line}: {}", error.message()),
             None => error.message().to_owned(),

@@ -58,9 +58,16 @@ enum Wire {
         #[serde(alias = "message")]
         data: String,
         code: Option<String>,
+        /// Whether the stream is over; else it is about something that we sent.
+        #[serde(default = "yes")]
+        fatal: bool,
     },
     #[serde(other)]
     Unknown,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// What a program does, as it does it.
@@ -116,7 +123,16 @@ impl ExecStream {
                     code: exit_code,
                     signal: signal.unwrap_or(0),
                 }),
-                Wire::Error { data, code } => ExecEvent::Failed {
+                Wire::Error {
+                    data,
+                    code,
+                    fatal: false,
+                } => {
+                    // Such as input for a program that reads none any more.
+                    tracing::info!(code, message = data, "the server has an objection");
+                    continue;
+                }
+                Wire::Error { data, code, .. } => ExecEvent::Failed {
                     code: code.unwrap_or_default(),
                     message: data,
                 },

@@ -74,11 +74,11 @@ pub(super) async fn follow(
     let mut limit = std::pin::pin!(limit);
     let mut asked_to_end = false;
     let stop = {
-        let mut output = std::pin::pin!(copy_output(&mut output, &command.cmd));
+        let mut output = std::pin::pin!(copy_output(&mut output, &command.cmd, id));
         loop {
             tokio::select! {
                 stop = &mut output => break stop?,
-                fed = &mut input => match fed? {},
+                never = &mut input => match never {},
                 () = &mut limit => break Stop::LimitReached,
                 signal = signals.next() => match options.on_signal {
                     OnSignal::PassOn if !asked_to_end => {
@@ -105,7 +105,7 @@ pub(super) async fn follow(
         let gone = async {
             tokio::select! {
                 ended = until_end(&mut output) => ended,
-                fed = &mut input => match fed? {},
+                never = &mut input => match never {},
             }
         };
         if !matches!(tokio::time::timeout(GRACE, gone).await, Ok(Ok(()))) {
@@ -120,8 +120,17 @@ pub(super) async fn follow(
     Ok(exit)
 }
 
-/// Carries our stdin and signals into the program. Ends only by an error.
-async fn feed(
+/// Carries our stdin and signals into the program, and never ends: where the way in breaks,
+/// the way out tells why, be it that the program has ended.
+async fn feed(input: ExecInput, stdin: bool, signals: mpsc::Receiver<u8>) -> Infallible {
+    match carry(input, stdin, signals).await {
+        Ok(never) => match never {},
+        Err(error) => tracing::debug!(%error, "the way into the program is closed"),
+    }
+    std::future::pending().await
+}
+
+async fn carry(
     mut input: ExecInput,
     stdin: bool,
     mut signals: mpsc::Receiver<u8>,
@@ -145,7 +154,7 @@ async fn feed(
     }
 }
 
-async fn copy_output(output: &mut ExecStream, program: &str) -> Result<Stop, Failure> {
+async fn copy_output(output: &mut ExecStream, program: &str, id: &str) -> Result<Stop, Failure> {
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     let mut started = false;
     loop {
@@ -161,7 +170,7 @@ async fn copy_output(output: &mut ExecStream, program: &str) -> Result<Stop, Fai
                 let exit = if started {
                     Exit::RunFailed
                 } else {
-                    start_failure(&code, &message)
+                    start_failure(&code, &message, program, id)
                 };
                 return Ok(Stop::NotStarted(
                     exit,
@@ -213,15 +222,22 @@ pub(super) fn ended_as(ended: &Ended) -> Result<Exit, Failure> {
     }
 }
 
-/// Which exit code a failed start means, as a shell would have it.
-pub(super) fn start_failure(code: &str, message: &str) -> Exit {
+/// Which exit code a failed start of `program` in sandbox `id` means, as a shell would have
+/// it. The guest agent names the program where it is the reason.
+pub(super) fn start_failure(code: &str, message: &str, program: &str, id: &str) -> Exit {
+    let named = [
+        format!("'{program}'"),
+        format!("`{program}`"),
+        format!("{program}:"),
+    ];
+    if message.contains(id) || !named.iter().any(|name| message.contains(name)) {
+        return Exit::RunFailed;
+    }
     let message = message.to_ascii_lowercase();
-    if code == "not_found" || message.contains("not found") || message.contains("no such file") {
+    let says = |words: &[&str]| words.iter().any(|word| message.contains(word));
+    if code == "not_found" || says(&["not found", "no such file"]) {
         Exit::NotFound
-    } else if code == "forbidden"
-        || message.contains("permission denied")
-        || message.contains("exec format")
-    {
+    } else if says(&["cannot be run", "permission denied", "exec format"]) {
         Exit::NotExecutable
     } else {
         Exit::RunFailed
@@ -262,16 +278,19 @@ mod tests {
 
     #[test]
     fn failed_starts_have_the_codes_of_a_shell() {
-        assert_eq!(start_failure("not_found", "").code(), 127);
+        let exit = |code, message| start_failure(code, message, "x", "sb-1").code();
+        assert_eq!(exit("not_found", "command not found: 'x'"), 127);
+        assert_eq!(exit("agent_error", "x: No such file or directory"), 127);
         assert_eq!(
-            start_failure("agent_error", "fork/exec x: No such file or directory").code(),
-            126 + 1
-        );
-        assert_eq!(
-            start_failure("agent_error", "x: Permission denied").code(),
+            exit("agent_error", "command 'x' cannot be run by user 'y'"),
             126
         );
-        assert_eq!(start_failure("agent_error", "out of memory").code(), 125);
+        assert_eq!(
+            exit("agent_error", "starting 'x' failed for lack of resources"),
+            125
+        );
+        assert_eq!(exit("not_found", "there is no sandbox sb-1"), 125);
+        assert_eq!(exit("invalid_request", "cwd '/a' does not exist"), 125);
     }
 
     #[test]

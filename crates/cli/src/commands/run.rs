@@ -13,6 +13,9 @@ use crate::exit::Exit;
 use crate::output::with_spinner;
 use crate::signals::Signals;
 
+/// After so many seconds without any use nobody is there any more to end the sandbox.
+const ABANDONED_SECS: u32 = 300;
+
 /// Options of `wrenn run`.
 ///
 /// Exit codes: the command's own; 128+n when signal n ended it; 124 after --limit; 125 when
@@ -52,7 +55,10 @@ async fn in_sandbox(args: &Args, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let mut signals = Signals::listen()
         .map_err(|error| Failure::message(format!("cannot listen for signals: {error}")))?;
-    let request = args.shape.request()?;
+    let mut request = args.shape.request()?;
+    // An open stream is use, so this ends only what a killed `wrenn run` has left behind.
+    request.timeout_sec = Some(ABANDONED_SECS);
+    request.on_timeout = Some("kill");
     let create = with_spinner(
         &context.printer,
         "starting a sandbox",

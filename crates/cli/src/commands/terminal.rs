@@ -92,13 +92,10 @@ pub(super) async fn lend(
     let mut tag = String::new();
     let mut input = std::pin::pin!(feed(input, told, detach));
     let stop = {
-        let mut screen = std::pin::pin!(show(&mut output, &mut tag, &tell, start));
+        let mut screen = std::pin::pin!(show(&mut output, &mut tag, &tell, start, id));
         tokio::select! {
             stop = &mut screen => stop,
-            fed = &mut input => match fed {
-                Ok(never) => match never {},
-                Err(error) => Err(error.into()),
-            },
+            never = &mut input => match never {},
             signal = signals.next() => Ok(Stop::Signal(signal)),
             _ = detached.recv() => Ok(Stop::Detached),
         }
@@ -109,10 +106,10 @@ pub(super) async fn lend(
         let _full = tell.try_send(Tell::Kill);
         let gone = async {
             tokio::select! {
-                _ = async { while let Ok(Some(event)) = output.next().await {
+                () = async { while let Ok(Some(event)) = output.next().await {
                     if matches!(event, PtyEvent::Exited(_)) { break }
                 } } => {}
-                _ = &mut input => {}
+                never = &mut input => match never {},
             }
         };
         let _late = tokio::time::timeout(GRACE, gone).await;
@@ -138,6 +135,7 @@ async fn show(
     tag: &mut String,
     tell: &mpsc::Sender<Tell>,
     start: &PtyStart,
+    id: &str,
 ) -> Result<Stop, Failure> {
     let mut stdout = tokio::io::stdout();
     loop {
@@ -164,17 +162,17 @@ async fn show(
                 fatal,
             }) => {
                 if fatal || tag.is_empty() {
-                    let exit = if tag.is_empty() {
-                        start_failure(&code, &message)
-                    } else {
-                        Exit::RunFailed
-                    };
                     let program = match start {
                         PtyStart::New {
                             command: Some((program, _)),
                             ..
                         } => program,
                         PtyStart::New { command: None, .. } | PtyStart::Existing(_) => "",
+                    };
+                    let exit = if tag.is_empty() {
+                        start_failure(&code, &message, program, id)
+                    } else {
+                        Exit::RunFailed
                     };
                     return Ok(Stop::NotStarted(
                         exit,
@@ -201,8 +199,17 @@ fn lost(why: String, tag: &str) -> Failure {
     ))
 }
 
-/// Carries keys and the terminal's size to the session. Ends only by an error.
-async fn feed(
+/// Carries keys and the terminal's size to the session, and never ends: where the way in
+/// breaks, the way out tells why.
+async fn feed(input: PtyInput, told: mpsc::Receiver<Tell>, detach: mpsc::Sender<()>) -> Infallible {
+    match carry(input, told, detach).await {
+        Ok(never) => match never {},
+        Err(error) => tracing::debug!(%error, "the way into the session is closed"),
+    }
+    std::future::pending().await
+}
+
+async fn carry(
     mut input: PtyInput,
     mut told: mpsc::Receiver<Tell>,
     detach: mpsc::Sender<()>,

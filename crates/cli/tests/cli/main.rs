@@ -103,7 +103,7 @@ fn run_passes_streams_and_exit_code_and_ends_its_sandbox() {
     let seen = fake.seen();
     assert_eq!(
         seen.created,
-        [json!({"vcpus": 2})],
+        [json!({"vcpus": 2, "timeout_sec": 300, "on_timeout": "kill"})],
         "what was not said is left to the server"
     );
     assert_eq!(seen.messages[0]["envs"], json!({"A": "1"}));

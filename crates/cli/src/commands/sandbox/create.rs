@@ -23,8 +23,8 @@ pub(crate) struct Shape {
     #[arg(long, value_name = "MIB")]
     pub(crate) memory: Option<u32>,
     /// Variable for every process in the sandbox; may be repeated
-    #[arg(long = "sandbox-env", value_name = "KEY=VALUE", value_parser = key_value)]
-    pub(crate) env: Vec<(String, String)>,
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) sandbox_env: Vec<(String, String)>,
     /// Label of the sandbox; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) metadata: Vec<(String, String)>,
@@ -43,7 +43,7 @@ impl Shape {
             timeout_sec: None,
             on_timeout: None,
             metadata: unique(&self.metadata, "--metadata")?,
-            env: unique(&self.env, "--sandbox-env")?,
+            env: unique(&self.sandbox_env, "--sandbox-env")?,
             network: self.no_internet.then_some(Network {
                 allow_internet: false,
             }),
