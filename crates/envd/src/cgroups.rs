@@ -54,7 +54,10 @@ impl Group {
                 let spare = (memory_total / 8).min(128 << 20);
                 vec![
                     ("cpu.weight", "50".into()),
-                    ("memory.high", memory_total.saturating_sub(spare).to_string()),
+                    (
+                        "memory.high",
+                        memory_total.saturating_sub(spare).to_string(),
+                    ),
                 ]
             }
         }
@@ -107,7 +110,9 @@ impl Cgroups {
             let path = root.join(group.name());
             let made = match fs::create_dir(&path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-                _ => OpenOptions::new().write(true).open(path.join("cgroup.procs")),
+                _ => OpenOptions::new()
+                    .write(true)
+                    .open(path.join("cgroup.procs")),
             };
             match made {
                 Ok(procs) => {
@@ -126,7 +131,10 @@ impl Cgroups {
 
     /// `cgroup.procs` of a group, for a child to write itself into.
     pub fn procs(&self, group: Group) -> Option<BorrowedFd<'_>> {
-        self.groups.iter().find(|(g, ..)| *g == group).map(|(.., procs)| procs.as_fd())
+        self.groups
+            .iter()
+            .find(|(g, ..)| *g == group)
+            .map(|(.., procs)| procs.as_fd())
     }
 
     /// Stops all that people have started, and waits until it stands.
@@ -139,7 +147,10 @@ impl Cgroups {
         let mut waiting = Vec::new();
         for (group, path, _) in self.frozen() {
             let events = path.join("cgroup.events");
-            let file = File::open(&events).map_err(|source| CgroupError::Write { path: events, source })?;
+            let file = File::open(&events).map_err(|source| CgroupError::Write {
+                path: events,
+                source,
+            })?;
             set(path, "1")?;
             waiting.push((*group, file));
         }
@@ -158,7 +169,9 @@ impl Cgroups {
     }
 
     fn frozen(&self) -> impl Iterator<Item = &(Group, PathBuf, File)> {
-        self.groups.iter().filter(|(group, ..)| Group::FROZEN.contains(group))
+        self.groups
+            .iter()
+            .filter(|(group, ..)| Group::FROZEN.contains(group))
     }
 }
 
@@ -180,7 +193,10 @@ fn wait_frozen(mut file: File, until: Instant) -> io::Result<()> {
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        let timeout = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() };
+        let timeout = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: left.subsec_nanos().into(),
+        };
         rustix::event::poll(&mut [PollFd::new(&file, PollFlags::PRI)], Some(&timeout))?;
     }
 }

@@ -43,10 +43,18 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("ENVD_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(filter)
+        .init();
     sys::limit_heaps();
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
+    let workers = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(MAX_WORKERS);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_all()
+        .build();
     let ended = match runtime {
         Ok(runtime) => runtime.block_on(run(arguments)),
         Err(error) => Err(format!("cannot start the runtime: {error}")),
@@ -64,7 +72,14 @@ fn main() -> ExitCode {
 fn raise_open_files() -> Option<(u64, u64)> {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let (soft, hard) = (limit.current?, limit.maximum?);
-    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: Some(hard), maximum: Some(hard) }).ok()?;
+    rustix::process::setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: Some(hard),
+            maximum: Some(hard),
+        },
+    )
+    .ok()?;
     Some((soft, hard))
 }
 
@@ -80,7 +95,11 @@ fn default_user(arguments: &Arguments) -> String {
 }
 
 async fn run(arguments: Arguments) -> Result<(), String> {
-    let all: IpAddr = if arguments.no_vm { Ipv4Addr::LOCALHOST.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let all: IpAddr = if arguments.no_vm {
+        Ipv4Addr::LOCALHOST.into()
+    } else {
+        Ipv4Addr::UNSPECIFIED.into()
+    };
     let address = SocketAddr::new(arguments.listen.unwrap_or(all), arguments.port);
     let listener = tokio::net::TcpListener::bind(address)
         .await
@@ -92,8 +111,11 @@ async fn run(arguments: Arguments) -> Result<(), String> {
         default_user: default_user(&arguments),
         child_open_files: raise_open_files(),
     };
-    let cgroups =
-        if arguments.no_vm { Cgroups::none() } else { Cgroups::set_up(Path::new(cgroups::ROOT)) };
+    let cgroups = if arguments.no_vm {
+        Cgroups::none()
+    } else {
+        Cgroups::set_up(Path::new(cgroups::ROOT))
+    };
     let state = State::new(settings, cgroups);
     let in_vm = state.settings.in_vm;
     let ports = Ports::new(ports::Settings {
@@ -105,10 +127,16 @@ async fn run(arguments: Arguments) -> Result<(), String> {
         ports.start().await;
     }
     let host = Host::new(Arc::clone(&state), ports);
-    let router = server::router(Services { state, host: Arc::clone(&host) });
+    let router = server::router(Services {
+        state,
+        host: Arc::clone(&host),
+    });
     tracing::info!(%address, version = host::ENVD_VERSION, "listening");
     println!("{address}");
     let connections = Arc::clone(host.connections());
-    server::serve(listener, router, connections, move || host.identity().map(|i| i.restore_id)).await;
+    server::serve(listener, router, connections, move || {
+        host.identity().map(|i| i.restore_id)
+    })
+    .await;
     Ok(())
 }

@@ -66,7 +66,10 @@ pub struct Frozen;
 impl State {
     /// The state of a new agent: no token, the settings' default user.
     pub fn new(settings: Settings, cgroups: Cgroups) -> Arc<State> {
-        let config = Config { default_user: settings.default_user.clone(), ..Config::default() };
+        let config = Config {
+            default_user: settings.default_user.clone(),
+            ..Config::default()
+        };
         Arc::new(State {
             settings,
             cgroups,

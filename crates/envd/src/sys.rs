@@ -109,7 +109,11 @@ struct Shared {
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
-    strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect()
+    strings
+        .iter()
+        .map(|s| s.as_ptr())
+        .chain([ptr::null()])
+        .collect()
 }
 
 /// Starts a program in a session of its own. Blocks the calling thread until the program
@@ -171,10 +175,17 @@ pub fn spawn(program: &Program<'_>) -> Result<Child, (Step, io::Error)> {
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     // SAFETY: the child wrote through a pointer the compiler gave away; a volatile read
     // sees what is there now.
-    let (failed, errno) =
-        unsafe { (ptr::read_volatile(&raw const shared.failed), ptr::read_volatile(&raw const shared.errno)) };
+    let (failed, errno) = unsafe {
+        (
+            ptr::read_volatile(&raw const shared.failed),
+            ptr::read_volatile(&raw const shared.errno),
+        )
+    };
     if errno == 0 {
-        return Ok(Child { pid: pid.unsigned_abs(), pidfd });
+        return Ok(Child {
+            pid: pid.unsigned_abs(),
+            pidfd,
+        });
     }
     // It has ended already; its status says nothing that `errno` does not.
     let _ = rustix::process::waitid(
@@ -219,19 +230,31 @@ unsafe fn run(shared: &Shared) -> (Step, c_int) {
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
 
         if shared.terminal {
-            attempt!(Step::Terminal, libc::ioctl(shared.stdio[0], libc::TIOCSCTTY, 0));
+            attempt!(
+                Step::Terminal,
+                libc::ioctl(shared.stdio[0], libc::TIOCSCTTY, 0)
+            );
         }
         // The caller's descriptors are all above 2, so none is overwritten before its turn.
         let mut target: c_int = 0;
         while target < 3 {
-            attempt!(Step::Stdio, libc::dup2(shared.stdio[target as usize], target));
+            attempt!(
+                Step::Stdio,
+                libc::dup2(shared.stdio[target as usize], target)
+            );
             target += 1;
         }
         if shared.cgroup >= 0 {
-            attempt!(Step::Cgroup, libc::write(shared.cgroup, c"0".as_ptr().cast(), 1));
+            attempt!(
+                Step::Cgroup,
+                libc::write(shared.cgroup, c"0".as_ptr().cast(), 1)
+            );
         }
         // Raising it is always allowed; a kernel without it has no such file.
-        let adj = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        let adj = libc::open(
+            c"/proc/self/oom_score_adj".as_ptr(),
+            libc::O_WRONLY | libc::O_CLOEXEC,
+        );
         if adj >= 0 {
             libc::write(adj, shared.oom_score_adj.cast(), shared.oom_len);
             libc::close(adj);
@@ -239,7 +262,10 @@ unsafe fn run(shared: &Shared) -> (Step, c_int) {
         // Back to normal in case the agent runs with more; giving up priority cannot fail.
         libc::setpriority(libc::PRIO_PROCESS, 0, 0);
         if let Some((soft, hard)) = shared.open_files {
-            let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+            let limit = libc::rlimit {
+                rlim_cur: soft,
+                rlim_max: hard,
+            };
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
         }
         if let Some((uid, gid)) = shared.credentials {
@@ -252,7 +278,12 @@ unsafe fn run(shared: &Shared) -> (Step, c_int) {
         }
         attempt!(Step::Cwd, libc::chdir(shared.cwd));
         // Ours are all close-on-exec; this is for what we inherited ourselves.
-        libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        libc::syscall(
+            libc::SYS_close_range,
+            3u32,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        );
 
         let mut errno = libc::ENOENT;
         let mut index = 0;
@@ -297,8 +328,14 @@ pub fn reseed(entropy: &[u8; 32]) -> io::Result<()> {
         size: c_int,
         bytes: [u8; 32],
     }
-    let info = PoolInfo { entropy_bits: 256, size: 32, bytes: *entropy };
-    let random = std::fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+    let info = PoolInfo {
+        entropy_bits: 256,
+        size: 32,
+        bytes: *entropy,
+    };
+    let random = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/urandom")?;
     // SAFETY: the first reads a `rand_pool_info` of the stated size, the second nothing.
     unsafe {
         if libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) < 0
@@ -335,7 +372,11 @@ mod tests {
 
     #[test]
     fn a_program_runs_and_a_failure_names_its_step() {
-        let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+        let null = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .unwrap();
         let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let mut program = Program {
             candidates: words(&["/nowhere/sh", "/bin/sh"]),
@@ -357,10 +398,15 @@ mod tests {
         program.cwd = CString::new("/").unwrap();
         program.candidates = words(&["/nowhere", "/etc/passwd"]);
         let (step, error) = spawn(&program).unwrap_err();
-        assert_eq!((step, error.kind()), (Step::Exec, io::ErrorKind::PermissionDenied));
+        assert_eq!(
+            (step, error.kind()),
+            (Step::Exec, io::ErrorKind::PermissionDenied)
+        );
         drop(writer);
         let mut text = String::new();
-        std::fs::File::from(reader).read_to_string(&mut text).unwrap();
+        std::fs::File::from(reader)
+            .read_to_string(&mut text)
+            .unwrap();
         assert_eq!(text, "/usr\n7\n");
         let status = rustix::process::waitid(
             rustix::process::WaitId::PidFd(child.pidfd.as_fd()),

@@ -51,7 +51,9 @@ pub enum UserError {
 /// The user of that name, or with that number.
 pub fn lookup(name: &str) -> Result<User, UserError> {
     let table = Table::current()?;
-    table.user(name).ok_or_else(|| UserError::Unknown(name.to_owned()))
+    table
+        .user(name)
+        .ok_or_else(|| UserError::Unknown(name.to_owned()))
 }
 
 /// The name of a user id; `None` where no entry has it.
@@ -130,7 +132,11 @@ impl Table {
         let passwd = read(PASSWD)?;
         // An image without groups still has users.
         let group = match read(GROUP) {
-            Err(UserError::Database { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(UserError::Database { source, .. })
+                if source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                Vec::new()
+            }
             other => other?,
         };
         let mut table = Table::parse(&passwd, &group);
@@ -146,12 +152,19 @@ impl Table {
         let mut table = Table::default();
         for line in passwd.split(|&b| b == b'\n') {
             let fields: Vec<&[u8]> = line.split(|&b| b == b':').collect();
-            let [name, _, uid, gid, _, home, shell] = fields.as_slice() else { continue };
-            let (Some(name), Some(uid), Some(gid)) = (text(name), number(uid), number(gid)) else { continue };
+            let [name, _, uid, gid, _, home, shell] = fields.as_slice() else {
+                continue;
+            };
+            let (Some(name), Some(uid), Some(gid)) = (text(name), number(uid), number(gid)) else {
+                continue;
+            };
             if name.is_empty() || name.starts_with('#') {
                 continue;
             }
-            table.uid_names.entry(uid).or_insert_with(|| name.to_owned());
+            table
+                .uid_names
+                .entry(uid)
+                .or_insert_with(|| name.to_owned());
             table.users.entry(name.to_owned()).or_insert_with(|| Entry {
                 uid,
                 gid,
@@ -161,11 +174,26 @@ impl Table {
         }
         for line in group.split(|&b| b == b'\n') {
             let fields: Vec<&[u8]> = line.split(|&b| b == b':').collect();
-            let [name, _, gid, members] = fields.as_slice() else { continue };
-            let (Some(name), Some(gid)) = (text(name), number(gid)) else { continue };
-            table.gid_names.entry(gid).or_insert_with(|| name.to_owned());
-            for member in members.split(|&b| b == b',').filter_map(text).filter(|m| !m.is_empty()) {
-                table.member_of.entry(member.to_owned()).or_default().push(gid);
+            let [name, _, gid, members] = fields.as_slice() else {
+                continue;
+            };
+            let (Some(name), Some(gid)) = (text(name), number(gid)) else {
+                continue;
+            };
+            table
+                .gid_names
+                .entry(gid)
+                .or_insert_with(|| name.to_owned());
+            for member in members
+                .split(|&b| b == b',')
+                .filter_map(text)
+                .filter(|m| !m.is_empty())
+            {
+                table
+                    .member_of
+                    .entry(member.to_owned())
+                    .or_default()
+                    .push(gid);
             }
         }
         table
@@ -207,7 +235,11 @@ fn number(field: &[u8]) -> Option<u32> {
 }
 
 fn path_or(field: &[u8], default: &str) -> PathBuf {
-    if field.is_empty() { PathBuf::from(default) } else { Path::new(OsStr::from_bytes(field)).to_owned() }
+    if field.is_empty() {
+        PathBuf::from(default)
+    } else {
+        Path::new(OsStr::from_bytes(field)).to_owned()
+    }
 }
 
 #[cfg(test)]
@@ -226,7 +258,11 @@ mod tests {
         assert_eq!(user.home, Path::new("/home/user"));
         assert_eq!(user.shell, Path::new("/bin/sh"));
         assert_eq!(table.user("1000"), Some(user));
-        assert!(table.user("broken").is_none() && table.user("").is_none() && table.user("nobody").is_none());
+        assert!(
+            table.user("broken").is_none()
+                && table.user("").is_none()
+                && table.user("nobody").is_none()
+        );
         assert_eq!(table.gid_names.get(&27).map(String::as_str), Some("sudo"));
     }
 

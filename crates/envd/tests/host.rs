@@ -11,14 +11,27 @@ use connectrpc::client::CallOptions;
 use support::{Envd, run, sh};
 
 /// One request on a new connection; status line, headers and body as text.
-fn http(envd: &Envd, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> (u16, String) {
+fn http(
+    envd: &Envd,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> (u16, String) {
     let mut stream = TcpStream::connect(envd.address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut text = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n", body.len());
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let mut text = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n",
+        body.len()
+    );
     for (name, value) in headers {
         text.push_str(&format!("{name}: {value}\r\n"));
     }
-    stream.write_all(format!("{text}\r\n{body}").as_bytes()).unwrap();
+    stream
+        .write_all(format!("{text}\r\n{body}").as_bytes())
+        .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     (answer[9..12].parse().unwrap(), answer)
@@ -34,9 +47,23 @@ fn health_metrics_envs_and_versions_are_there() {
     let envd = Envd::start();
     let (status, text) = http(&envd, "GET", "/health", &[], "");
     assert_eq!(status, 204);
-    assert!(text.to_lowercase().contains("x-envd-version: 0.6.13"), "{text}");
+    assert!(
+        text.to_lowercase().contains("x-envd-version: 0.6.13"),
+        "{text}"
+    );
     let (_, text) = http(&envd, "GET", "/metrics", &[], "");
-    for key in ["ts", "cpu_count", "cpu_used_pct", "mem_total", "mem_used", "mem_cache", "mem_total_mib", "mem_used_mib", "disk_used", "disk_total"] {
+    for key in [
+        "ts",
+        "cpu_count",
+        "cpu_used_pct",
+        "mem_total",
+        "mem_used",
+        "mem_cache",
+        "mem_total_mib",
+        "mem_used_mib",
+        "disk_used",
+        "disk_total",
+    ] {
         assert!(text.contains(&format!("\"{key}\":")), "{key}: {text}");
     }
     assert_eq!(http(&envd, "GET", "/no-such", &[], "").0, 404);
@@ -46,8 +73,13 @@ fn health_metrics_envs_and_versions_are_there() {
 #[test]
 fn g33_the_token_is_enforced_everywhere_but_where_it_must_not_be() {
     let envd = Envd::start();
-    assert_eq!(http(&envd, "GET", "/envs", &[], "").0, 200, "open until a token is set");
-    let body = r#"{"restoreID":"r1","accessToken":"secret","envVars":{"A":"1"},"sandboxID":"sb-1"}"#;
+    assert_eq!(
+        http(&envd, "GET", "/envs", &[], "").0,
+        200,
+        "open until a token is set"
+    );
+    let body =
+        r#"{"restoreID":"r1","accessToken":"secret","envVars":{"A":"1"},"sandboxID":"sb-1"}"#;
     assert_eq!(init(&envd, None, body).0, 204);
     for (method, path) in [
         ("GET", "/envs"),
@@ -63,7 +95,11 @@ fn g33_the_token_is_enforced_everywhere_but_where_it_must_not_be() {
         ("POST", "/files/compose"),
         ("GET", "/no-such"),
     ] {
-        for headers in [&[][..], &[("x-access-token", "wrong")], &[("x-access-token", "")]] {
+        for headers in [
+            &[][..],
+            &[("x-access-token", "wrong")],
+            &[("x-access-token", "")],
+        ] {
             let (status, text) = http(&envd, method, path, headers, "");
             assert_eq!(status, 401, "{method} {path} {headers:?}: {text}");
         }
@@ -71,27 +107,89 @@ fn g33_the_token_is_enforced_everywhere_but_where_it_must_not_be() {
     assert_eq!(http(&envd, "GET", "/health", &[], "").0, 204);
     let token = &[("x-access-token", "secret")];
     let (_, text) = http(&envd, "GET", "/envs", token, "");
-    assert!(text.contains(r#""A":"1""#) && text.contains(r#""E2B_SANDBOX_ID":"sb-1""#), "{text}");
+    assert!(
+        text.contains(r#""A":"1""#) && text.contains(r#""E2B_SANDBOX_ID":"sb-1""#),
+        "{text}"
+    );
     // Nobody else takes the sandbox over.
-    assert_eq!(init(&envd, None, r#"{"restoreID":"r2","accessToken":"mine"}"#).0, 401);
-    assert_eq!(init(&envd, Some("wrong"), r#"{"restoreID":"r2","accessToken":"mine"}"#).0, 401);
+    assert_eq!(
+        init(&envd, None, r#"{"restoreID":"r2","accessToken":"mine"}"#).0,
+        401
+    );
+    assert_eq!(
+        init(
+            &envd,
+            Some("wrong"),
+            r#"{"restoreID":"r2","accessToken":"mine"}"#
+        )
+        .0,
+        401
+    );
     // The same restore changes nothing, a new one replaces.
-    assert_eq!(init(&envd, Some("secret"), r#"{"restoreID":"r1","envVars":{"B":"2"}}"#).0, 204);
-    assert!(http(&envd, "GET", "/envs", token, "").1.contains(r#""A":"1""#));
-    assert_eq!(init(&envd, Some("secret"), r#"{"restoreID":"r2","accessToken":"next","envVars":{"B":"2"}}"#).0, 204);
+    assert_eq!(
+        init(
+            &envd,
+            Some("secret"),
+            r#"{"restoreID":"r1","envVars":{"B":"2"}}"#
+        )
+        .0,
+        204
+    );
+    assert!(
+        http(&envd, "GET", "/envs", token, "")
+            .1
+            .contains(r#""A":"1""#)
+    );
+    assert_eq!(
+        init(
+            &envd,
+            Some("secret"),
+            r#"{"restoreID":"r2","accessToken":"next","envVars":{"B":"2"}}"#
+        )
+        .0,
+        204
+    );
     assert_eq!(http(&envd, "GET", "/envs", token, "").0, 401);
     let (_, text) = http(&envd, "GET", "/envs", &[("x-access-token", "next")], "");
-    assert!(text.contains(r#""B":"2""#) && !text.contains(r#""A""#), "{text}");
+    assert!(
+        text.contains(r#""B":"2""#) && !text.contains(r#""A""#),
+        "{text}"
+    );
     assert_eq!(init(&envd, Some("next"), "{").0, 400);
-    assert_eq!(init(&envd, Some("next"), r#"{"restoreID":"r3","timestamp":"yesterday"}"#).0, 400);
+    assert_eq!(
+        init(
+            &envd,
+            Some("next"),
+            r#"{"restoreID":"r3","timestamp":"yesterday"}"#
+        )
+        .0,
+        400
+    );
 }
 
 #[tokio::test]
 async fn variables_of_the_sandbox_reach_its_programs() {
     let envd = Envd::start();
-    assert_eq!(init(&envd, None, r#"{"envVars":{"A":"of sandbox"},"sandboxID":"sb-7","defaultWorkdir":"/usr"}"#).0, 204);
-    let told = run(&envd.client(), sh("echo $A $E2B_SANDBOX $WRENN_SANDBOX_ID; pwd"), CallOptions::default()).await.unwrap();
-    assert_eq!(String::from_utf8(told.stdout).unwrap(), "of sandbox true sb-7\n/usr\n");
+    assert_eq!(
+        init(
+            &envd,
+            None,
+            r#"{"envVars":{"A":"of sandbox"},"sandboxID":"sb-7","defaultWorkdir":"/usr"}"#
+        )
+        .0,
+        204
+    );
+    let told = run(
+        &envd.client(),
+        sh("echo $A $E2B_SANDBOX $WRENN_SANDBOX_ID; pwd"),
+        CallOptions::default(),
+    )
+    .await
+    .unwrap();
+    assert_eq!(
+        String::from_utf8(told.stdout).unwrap(),
+        "of sandbox true sb-7\n/usr\n"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -99,16 +197,27 @@ async fn g25_a_prepared_guest_starts_nothing_and_goes_on_when_told() {
     let envd = Envd::start();
     let mut idle = TcpStream::connect(envd.address).unwrap();
     idle.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    idle.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    idle.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        .unwrap();
     let mut answer = [0; 1024];
     assert!(idle.read(&mut answer).unwrap() > 0);
     assert_eq!(http(&envd, "POST", "/snapshot/prepare", &[], "").0, 204);
-    assert_eq!(http(&envd, "POST", "/snapshot/prepare", &[], "").0, 204, "again is harmless");
-    assert_eq!(idle.read(&mut answer).unwrap(), 0, "idle connections are closed");
+    assert_eq!(
+        http(&envd, "POST", "/snapshot/prepare", &[], "").0,
+        204,
+        "again is harmless"
+    );
+    assert_eq!(
+        idle.read(&mut answer).unwrap(),
+        0,
+        "idle connections are closed"
+    );
     let client = envd.client();
     let waiting = tokio::spawn(async move {
         let began = Instant::now();
-        let told = run(&client, sh("echo ran"), CallOptions::default()).await.unwrap();
+        let told = run(&client, sh("echo ran"), CallOptions::default())
+            .await
+            .unwrap();
         (told.stdout, began.elapsed())
     });
     tokio::time::sleep(Duration::from_millis(300)).await;

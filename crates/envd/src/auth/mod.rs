@@ -94,13 +94,19 @@ pub fn user_from_headers(headers: &HeaderMap, state: &State) -> Result<User, Aut
 }
 
 fn basic_user(headers: &HeaderMap) -> Result<Option<String>, AuthError> {
-    let Some(value) = headers.get(header::AUTHORIZATION) else { return Ok(None) };
+    let Some(value) = headers.get(header::AUTHORIZATION) else {
+        return Ok(None);
+    };
     let value = value.to_str().map_err(|_| AuthError::Malformed)?;
-    let Some((scheme, rest)) = value.split_once(' ') else { return Ok(None) };
+    let Some((scheme, rest)) = value.split_once(' ') else {
+        return Ok(None);
+    };
     if !scheme.eq_ignore_ascii_case("basic") {
         return Ok(None);
     }
-    let bytes = BASE64_STANDARD.decode(rest.trim()).map_err(|_| AuthError::Malformed)?;
+    let bytes = BASE64_STANDARD
+        .decode(rest.trim())
+        .map_err(|_| AuthError::Malformed)?;
     let text = String::from_utf8(bytes).map_err(|_| AuthError::Malformed)?;
     let (name, _password) = text.split_once(':').ok_or(AuthError::Malformed)?;
     Ok(Some(name.to_owned()))
@@ -112,7 +118,11 @@ pub fn token_allows(headers: &HeaderMap, state: &State) -> Result<(), AuthError>
     let config = state.config();
     let Some(token) = &config.access_token else {
         let open = config.initialised || !state.settings.in_vm;
-        return if open { Ok(()) } else { Err(AuthError::Unauthorized) };
+        return if open {
+            Ok(())
+        } else {
+            Err(AuthError::Unauthorized)
+        };
     };
     let given = headers.get(TOKEN_HEADER).map(http::HeaderValue::as_bytes);
     match given {
@@ -133,7 +143,9 @@ pub fn signature_allows(
     now: i64,
 ) -> Result<(), AuthError> {
     let config = state.config();
-    let Some(token) = &config.access_token else { return token_allows(headers, state) };
+    let Some(token) = &config.access_token else {
+        return token_allows(headers, state);
+    };
     if let Some(given) = headers.get(TOKEN_HEADER) {
         return if token.matches(given.as_bytes()) {
             Ok(())
@@ -181,11 +193,20 @@ mod tests {
     #[test]
     fn a_user_comes_from_basic_credentials_only() {
         assert_eq!(basic_user(&HeaderMap::new()).unwrap(), None);
-        assert_eq!(basic_user(&with("Basic dXNlcjo=")).unwrap().as_deref(), Some("user"));
-        assert_eq!(basic_user(&with("basic cm9vdDp4")).unwrap().as_deref(), Some("root"));
+        assert_eq!(
+            basic_user(&with("Basic dXNlcjo=")).unwrap().as_deref(),
+            Some("user")
+        );
+        assert_eq!(
+            basic_user(&with("basic cm9vdDp4")).unwrap().as_deref(),
+            Some("root")
+        );
         assert_eq!(basic_user(&with("Bearer abc")).unwrap(), None);
         for wrong in ["Basic ???", "Basic dXNlcg==", "Basic /w=="] {
-            assert!(matches!(basic_user(&with(wrong)), Err(AuthError::Malformed)), "{wrong}");
+            assert!(
+                matches!(basic_user(&with(wrong)), Err(AuthError::Malformed)),
+                "{wrong}"
+            );
         }
     }
 
@@ -203,7 +224,10 @@ mod tests {
             ("GET", "/health/"),
             ("GET", "//health"),
         ] {
-            assert!(!judged_elsewhere(&method.parse().unwrap(), path), "{method} {path}");
+            assert!(
+                !judged_elsewhere(&method.parse().unwrap(), path),
+                "{method} {path}"
+            );
         }
         assert!(judged_elsewhere(&Method::GET, "/health"));
     }

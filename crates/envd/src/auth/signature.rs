@@ -45,7 +45,15 @@ pub fn sign(
     expiration: Option<i64>,
 ) -> String {
     let mut hash = Sha256::new();
-    for part in [path, ":", operation.as_str(), ":", username, ":", token.reveal()] {
+    for part in [
+        path,
+        ":",
+        operation.as_str(),
+        ":",
+        username,
+        ":",
+        token.reveal(),
+    ] {
         hash.update(part);
     }
     if let Some(expiration) = expiration {
@@ -65,7 +73,10 @@ pub(super) fn verify(
     let given = signature.value.ok_or(AuthError::SignatureMissing)?;
     let expiration = match signature.expiration.filter(|e| !e.is_empty()) {
         // A number we cannot read was not signed by us in that form.
-        Some(text) => Some(text.parse::<i64>().map_err(|_| AuthError::SignatureInvalid)?),
+        Some(text) => Some(
+            text.parse::<i64>()
+                .map_err(|_| AuthError::SignatureInvalid)?,
+        ),
         None => None,
     };
     let expected = sign(token, operation, path, username, expiration);
@@ -86,7 +97,10 @@ mod tests {
 
     fn check(sig: &str, exp: Option<&str>, op: Operation, user: &str) -> Result<(), AuthError> {
         let token = AccessToken::new("tok".into()).unwrap();
-        let signature = Signature { value: Some(sig), expiration: exp };
+        let signature = Signature {
+            value: Some(sig),
+            expiration: exp,
+        };
         verify(&token, op, "/a b", user, signature, 1_000)
     }
 
@@ -96,7 +110,10 @@ mod tests {
         let plain = sign(&token, Operation::Read, "/a b", "", None);
         assert_eq!(
             plain,
-            format!("v1_{}", BASE64_STANDARD_NO_PAD.encode(Sha256::digest("/a b:read::tok")))
+            format!(
+                "v1_{}",
+                BASE64_STANDARD_NO_PAD.encode(Sha256::digest("/a b:read::tok"))
+            )
         );
         assert!(check(&plain, None, Operation::Read, "").is_ok());
         assert!(check(&format!("{plain}="), None, Operation::Read, "").is_ok());

@@ -34,7 +34,9 @@ impl fmt::Debug for AccessToken {
 
 /// Whether SHA-512 of `given` is `hash` (hexadecimal, either case).
 pub(crate) fn hash_matches(given: &[u8], hash: &str) -> bool {
-    let Ok(expected) = hex::decode(hash) else { return false };
+    let Ok(expected) = hex::decode(hash) else {
+        return false;
+    };
     Sha512::digest(given)[..].ct_eq(&expected).into()
 }
 

@@ -44,7 +44,10 @@ pub(super) enum GuestError {
 }
 
 /// Variables that every program of a sandbox has.
-pub(super) fn variables(sandbox_id: Option<&str>, template_id: Option<&str>) -> BTreeMap<String, String> {
+pub(super) fn variables(
+    sandbox_id: Option<&str>,
+    template_id: Option<&str>,
+) -> BTreeMap<String, String> {
     let mut envs = BTreeMap::new();
     for brand in ["E2B", "WRENN"] {
         envs.insert(format!("{brand}_SANDBOX"), "true".to_owned());
@@ -76,7 +79,10 @@ pub(super) fn become_itself(plan: &Plan) -> Result<(), GuestError> {
 }
 
 fn write(path: &Path, content: &str) -> Result<(), GuestError> {
-    std::fs::write(path, content).map_err(|source| GuestError::Write { path: path.to_owned(), source })
+    std::fs::write(path, content).map_err(|source| GuestError::Write {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn set_clock(now: Duration) -> Result<(), GuestError> {
@@ -92,8 +98,10 @@ fn set_hostname(name: &str) -> Result<(), GuestError> {
     if name.len() > HOSTNAME_MAX || !name.chars().all(allowed) {
         return Err(GuestError::HostnameForm(name.to_owned()));
     }
-    rustix::system::sethostname(name.as_bytes())
-        .map_err(|e| GuestError::Hostname { name: name.to_owned(), source: e.into() })?;
+    rustix::system::sethostname(name.as_bytes()).map_err(|e| GuestError::Hostname {
+        name: name.to_owned(),
+        source: e.into(),
+    })?;
     write(Path::new("/etc/hostname"), &format!("{name}\n"))?;
     let path = Path::new("/etc/hosts");
     let before = std::fs::read_to_string(path).unwrap_or_default();
@@ -115,9 +123,15 @@ fn with_own_name(before: &str, name: &str) -> String {
 fn markers(run: &Path, plan: &Plan) -> Result<(), GuestError> {
     for (dir, brands) in [("e2b", &["E2B"][..]), ("wrenn", &["E2B", "WRENN"])] {
         let dir = run.join(dir);
-        std::fs::create_dir_all(&dir).map_err(|source| GuestError::Write { path: dir.clone(), source })?;
+        std::fs::create_dir_all(&dir).map_err(|source| GuestError::Write {
+            path: dir.clone(),
+            source,
+        })?;
         let all = variables(plan.sandbox_id.as_deref(), plan.template_id.as_deref());
-        for (name, value) in all.iter().filter(|(name, _)| brands.iter().any(|b| name.starts_with(b))) {
+        for (name, value) in all
+            .iter()
+            .filter(|(name, _)| brands.iter().any(|b| name.starts_with(b)))
+        {
             write(&dir.join(format!(".{name}")), value)?;
         }
     }
@@ -159,7 +173,10 @@ mod tests {
     #[test]
     fn a_bad_host_name_is_refused_before_anything_is_set() {
         for name in ["a b", "a\nb", "ä", &"x".repeat(65)] {
-            assert!(matches!(set_hostname(name), Err(GuestError::HostnameForm(_))), "{name}");
+            assert!(
+                matches!(set_hostname(name), Err(GuestError::HostnameForm(_))),
+                "{name}"
+            );
         }
     }
 }

@@ -47,7 +47,9 @@ impl Identity {
 
 impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Identity").field("restore_id", &self.restore_id).finish_non_exhaustive()
+        f.debug_struct("Identity")
+            .field("restore_id", &self.restore_id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -59,7 +61,9 @@ pub(super) struct Source {
 
 impl Source {
     pub(super) fn new(in_vm: bool) -> Source {
-        Source { path: in_vm.then(|| PathBuf::from(FW_CFG)) }
+        Source {
+            path: in_vm.then(|| PathBuf::from(FW_CFG)),
+        }
     }
 
     /// The identity now; `None` where the machine has none.
@@ -106,13 +110,26 @@ mod tests {
             let mut bytes = text.into_bytes();
             bytes.resize(SIZE, 0);
             std::fs::write(&dir, &bytes).unwrap();
-            let source = Source { path: Some(dir.clone()) };
+            let source = Source {
+                path: Some(dir.clone()),
+            };
             let identity = source.read().unwrap();
-            assert_eq!((identity.restore_id.as_str(), identity.env_id.len()), ("r1", pad));
-            assert!(identity.trusts(b"token") && !identity.trusts(b"other") && !identity.trusts(b""));
+            assert_eq!(
+                (identity.restore_id.as_str(), identity.env_id.len()),
+                ("r1", pad)
+            );
+            assert!(
+                identity.trusts(b"token") && !identity.trusts(b"other") && !identity.trusts(b"")
+            );
         }
         std::fs::write(&dir, b"{}").unwrap();
-        assert!(Source { path: Some(dir.clone()) }.read().is_none());
+        assert!(
+            Source {
+                path: Some(dir.clone())
+            }
+            .read()
+            .is_none()
+        );
         std::fs::remove_file(&dir).unwrap();
         assert!(Source { path: Some(dir) }.read().is_none());
         assert!(Source::new(false).read().is_none());

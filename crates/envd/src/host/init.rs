@@ -88,8 +88,12 @@ impl InitError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             InitError::Auth(error) => error.status(),
-            InitError::Body(_) | InitError::Timestamp(_) | InitError::NoRestoreId => StatusCode::BAD_REQUEST,
-            InitError::Guest(_) | InitError::Thaw(_) | InitError::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            InitError::Body(_) | InitError::Timestamp(_) | InitError::NoRestoreId => {
+                StatusCode::BAD_REQUEST
+            }
+            InitError::Guest(_) | InitError::Thaw(_) | InitError::Broken(_) => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
         }
     }
 }
@@ -100,10 +104,17 @@ impl Host {
     fn may_init(&self, token: Option<&[u8]>, identity: Option<&Identity>) -> Result<(), AuthError> {
         let config = self.state.config();
         let given = token.unwrap_or_default();
-        let current = config.access_token.as_ref().is_some_and(|t| t.matches(given));
+        let current = config
+            .access_token
+            .as_ref()
+            .is_some_and(|t| t.matches(given));
         let trusted = identity.is_some_and(|i| i.trusts(given));
         let first = !self.state.settings.in_vm && config.access_token.is_none();
-        if current || trusted || first { Ok(()) } else { Err(AuthError::Unauthorized) }
+        if current || trusted || first {
+            Ok(())
+        } else {
+            Err(AuthError::Unauthorized)
+        }
     }
 
     pub(super) async fn init(
@@ -131,7 +142,10 @@ impl Host {
         if in_vm {
             let plan = guest::Plan {
                 seed: seed(&body, token),
-                machine: config.sandbox_id.clone().or_else(|| body.restore_id.clone()),
+                machine: config
+                    .sandbox_id
+                    .clone()
+                    .or_else(|| body.restore_id.clone()),
                 hostname: body.hostname.clone(),
                 sandbox_id: config.sandbox_id.clone(),
                 template_id: config.template_id.clone(),
@@ -140,7 +154,8 @@ impl Host {
             // Files and the random device may block.
             tokio::task::spawn_blocking(move || guest::become_itself(&plan)).await??;
         }
-        self.connections.restored(carrier, identity.as_ref().map(|i| i.restore_id.as_str()));
+        self.connections
+            .restored(carrier, identity.as_ref().map(|i| i.restore_id.as_str()));
         self.state.set_config(config);
         self.ports.restart().await;
         // Last: from here on users' programs run.
@@ -220,7 +235,9 @@ impl Timestamp {
             })
         };
         match self {
-            Timestamp::Nanos(n) => u64::try_from(*n).map(Duration::from_nanos).map_err(|_| wrong()),
+            Timestamp::Nanos(n) => u64::try_from(*n)
+                .map(Duration::from_nanos)
+                .map_err(|_| wrong()),
             Timestamp::Text(text) => text
                 .parse::<u64>()
                 .map(Duration::from_nanos)
@@ -235,7 +252,10 @@ impl Timestamp {
 fn rfc3339(text: &str) -> Option<Duration> {
     let number = |range: std::ops::Range<usize>| -> Option<i64> {
         let digits = text.get(range)?;
-        digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?
+        digits
+            .bytes()
+            .all(|b| b.is_ascii_digit())
+            .then(|| digits.parse().ok())?
     };
     let bytes = text.as_bytes();
     let at = |index: usize| bytes.get(index).copied();
@@ -245,7 +265,12 @@ fn rfc3339(text: &str) -> Option<Duration> {
     }
     let (year, month, day) = (number(0..4)?, number(5..7)?, number(8..10)?);
     let (hour, minute, second) = (number(11..13)?, number(14..16)?, number(17..19)?);
-    if !(1..=12).contains(&month) || !(1..=31).contains(&day) || hour > 23 || minute > 59 || second > 60 {
+    if !(1..=12).contains(&month)
+        || !(1..=31).contains(&day)
+        || hour > 23
+        || minute > 59
+        || second > 60
+    {
         return None;
     }
     let rest = &text[19..];
@@ -281,7 +306,9 @@ fn rfc3339(text: &str) -> Option<Duration> {
     let era = shifted.div_euclid(400);
     let year_of_era = shifted.rem_euclid(400);
     let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
-    let days = era * 146_097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719_468;
+    let days = era * 146_097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100
+        + day_of_year
+        - 719_468;
     let seconds = days * 86_400 + hour * 3600 + minute * 60 + second - offset;
     Some(Duration::new(u64::try_from(seconds).ok()?, nanos))
 }
@@ -295,15 +322,29 @@ mod tests {
         for (json, nanos) in [
             (r#""1970-01-01T00:00:00Z""#, 0),
             (r#""2026-11-22T13:05:00.5Z""#, 1_795_352_700_500_000_000),
-            (r#""2026-11-22T14:05:00.500000000+01:00""#, 1_795_352_700_500_000_000),
+            (
+                r#""2026-11-22T14:05:00.500000000+01:00""#,
+                1_795_352_700_500_000_000,
+            ),
             (r#""2024-02-29T23:59:59-00:30""#, 1_709_252_999_000_000_000),
             ("1795352700500000000", 1_795_352_700_500_000_000),
             (r#""1795352700500000000""#, 1_795_352_700_500_000_000),
         ] {
             let timestamp: Timestamp = serde_json::from_str(json).unwrap();
-            assert_eq!(timestamp.nanos().unwrap(), Duration::from_nanos(nanos), "{json}");
+            assert_eq!(
+                timestamp.nanos().unwrap(),
+                Duration::from_nanos(nanos),
+                "{json}"
+            );
         }
-        for wrong in ["", "now", "2026-13-01T00:00:00Z", "2026-01-01T00:00:00", "2026-01-01T00:00:00.", "2026-01-01"] {
+        for wrong in [
+            "",
+            "now",
+            "2026-13-01T00:00:00Z",
+            "2026-01-01T00:00:00",
+            "2026-01-01T00:00:00.",
+            "2026-01-01",
+        ] {
             assert!(Timestamp::Text(wrong.into()).nanos().is_err(), "{wrong}");
         }
         assert!(Timestamp::Nanos(-1).nanos().is_err());
@@ -311,7 +352,10 @@ mod tests {
 
     #[test]
     fn g23_each_restore_has_its_own_seed() {
-        let body = |id: &str| Body { restore_id: Some(id.into()), ..Body::default() };
+        let body = |id: &str| Body {
+            restore_id: Some(id.into()),
+            ..Body::default()
+        };
         assert_ne!(seed(&body("a"), None), seed(&body("b"), None));
         assert_eq!(seed(&body("a"), None), seed(&body("a"), None));
     }
@@ -319,8 +363,12 @@ mod tests {
     #[test]
     fn secrets_of_the_body_do_not_print() {
         let body: Body =
-            serde_json::from_str(r#"{"accessToken":"tok","entropy":"ent","lifecycleID":"x"}"#).unwrap();
+            serde_json::from_str(r#"{"accessToken":"tok","entropy":"ent","lifecycleID":"x"}"#)
+                .unwrap();
         let printed = format!("{body:?}");
-        assert!(!printed.contains("tok\"") && !printed.contains("ent\""), "{printed}");
+        assert!(
+            !printed.contains("tok\"") && !printed.contains("ent\""),
+            "{printed}"
+        );
     }
 }

@@ -40,7 +40,10 @@ impl CpuClock {
         let now = busy_and_total(&stat).ok_or(io::ErrorKind::InvalidData)?;
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let before = last.replace(now).unwrap_or_default();
-        let (busy, total) = (now.0.saturating_sub(before.0), now.1.saturating_sub(before.1));
+        let (busy, total) = (
+            now.0.saturating_sub(before.0),
+            now.1.saturating_sub(before.1),
+        );
         if total == 0 {
             return Ok(0.0);
         }
@@ -52,7 +55,11 @@ impl CpuClock {
 /// part of user time.
 fn busy_and_total(stat: &str) -> Option<(u64, u64)> {
     let line = stat.lines().find_map(|l| l.strip_prefix("cpu "))?;
-    let ticks: Vec<u64> = line.split_whitespace().take(8).map_while(|t| t.parse().ok()).collect();
+    let ticks: Vec<u64> = line
+        .split_whitespace()
+        .take(8)
+        .map_while(|t| t.parse().ok())
+        .collect();
     let total: u64 = ticks.iter().sum();
     let idle = ticks.get(3)? + ticks.get(4).unwrap_or(&0);
     Some((total.saturating_sub(idle), total))
@@ -66,7 +73,9 @@ pub(super) fn read(cpu: &CpuClock) -> io::Result<Metrics> {
     let disk = rustix::fs::statvfs("/")?;
     let blocks = |n: u64| n.saturating_mul(disk.f_frsize);
     Ok(Metrics {
-        ts: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        ts: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs()),
         cpu_count: std::thread::available_parallelism().map_or(1, usize::from),
         cpu_used_pct: cpu.used_percent()?,
         mem_total,

@@ -85,14 +85,22 @@ impl Host {
     }
 
     fn ready_for(&self) -> std::sync::MutexGuard<'_, Option<String>> {
-        self.ready_for.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.ready_for
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
 fn versions() -> [(HeaderName, HeaderValue); 2] {
     [
-        (HeaderName::from_static("x-envd-version"), HeaderValue::from_static(ENVD_VERSION)),
-        (HeaderName::from_static("x-wrenn-version"), HeaderValue::from_static(WRENN_VERSION)),
+        (
+            HeaderName::from_static("x-envd-version"),
+            HeaderValue::from_static(ENVD_VERSION),
+        ),
+        (
+            HeaderName::from_static("x-wrenn-version"),
+            HeaderValue::from_static(WRENN_VERSION),
+        ),
     ]
 }
 
@@ -104,7 +112,11 @@ async fn health(Extract(host): Extract<Arc<Host>>) -> Response {
         // restore learns it.
         host.connections.restored(None, Some(&identity.restore_id));
         let message = "the restore hook has not run for this machine: call /init";
-        return (versions(), error_response(StatusCode::SERVICE_UNAVAILABLE, message)).into_response();
+        return (
+            versions(),
+            error_response(StatusCode::SERVICE_UNAVAILABLE, message),
+        )
+            .into_response();
     }
     (StatusCode::NO_CONTENT, versions()).into_response()
 }
@@ -130,17 +142,26 @@ async fn init(
     headers: HeaderMap,
     body: axum::body::Bytes,
 ) -> Response {
-    let token = headers.get(crate::auth::TOKEN_HEADER).map(|v| v.as_bytes().to_vec());
+    let token = headers
+        .get(crate::auth::TOKEN_HEADER)
+        .map(|v| v.as_bytes().to_vec());
     let carrier = carrier.map(|c| c.0);
     // On a task of its own: a host that hangs up in the middle leaves no half-run hook.
     let done = tokio::spawn(async move { host.init(token.as_deref(), carrier, &body).await }).await;
     match done {
         Ok(Ok(())) => (StatusCode::NO_CONTENT, versions()).into_response(),
         Ok(Err(error)) => {
-            tracing::error!(%error, "the restore hook failed");
+            if error.status().is_server_error() {
+                tracing::error!(%error, "the restore hook failed");
+            } else {
+                tracing::warn!(%error, "refused to run the restore hook");
+            }
             error_response(error.status(), &error.to_string())
         }
-        Err(panic) => error_response(StatusCode::INTERNAL_SERVER_ERROR, &format!("the restore hook broke: {panic}")),
+        Err(panic) => error_response(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            &format!("the restore hook broke: {panic}"),
+        ),
     }
 }
 
@@ -162,7 +183,10 @@ fn finish(done: Result<Result<(), snapshot::SnapshotError>, tokio::task::JoinErr
             tracing::error!(%error, "quiescing failed");
             error_response(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string())
         }
-        Err(panic) => error_response(StatusCode::INTERNAL_SERVER_ERROR, &format!("quiescing broke: {panic}")),
+        Err(panic) => error_response(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            &format!("quiescing broke: {panic}"),
+        ),
     }
 }
 

@@ -86,7 +86,9 @@ impl Host {
         self.connections.prepare();
         // Whoever is half-way into starting a program finishes first: a child that enters a
         // frozen group before its exec would hold one of our threads.
-        let gate = timeout(GATE_LIMIT, self.state.close_gate()).await.map_err(|_| SnapshotError::Busy)?;
+        let gate = timeout(GATE_LIMIT, self.state.close_gate())
+            .await
+            .map_err(|_| SnapshotError::Busy)?;
         let state = Arc::clone(&self.state);
         tokio::task::spawn_blocking(move || state.cgroups.freeze()).await??;
         if self.state.settings.in_vm {

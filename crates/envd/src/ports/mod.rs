@@ -66,7 +66,11 @@ pub struct Ports {
 impl Ports {
     /// A port subsystem that stands.
     pub fn new(settings: Settings) -> Arc<Ports> {
-        Arc::new(Ports { settings, running: tokio::sync::Mutex::default(), open: Arc::default() })
+        Arc::new(Ports {
+            settings,
+            running: tokio::sync::Mutex::default(),
+            open: Arc::default(),
+        })
     }
 
     /// Starts it. Again is harmless.
@@ -105,7 +109,10 @@ impl Ports {
 
     /// What was open at the last look, by port.
     pub fn list(&self) -> Vec<OpenPort> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -138,7 +145,9 @@ impl Scanner {
         let own: Vec<u64> = self.relays.values().map(Relay::inode).collect();
         let port = self.settings.own_port;
         let listeners: Vec<Listener> = match self.tables.read() {
-            Ok(all) => all.filter(|l| l.address.port() != port && !own.contains(&l.inode)).collect(),
+            Ok(all) => all
+                .filter(|l| l.address.port() != port && !own.contains(&l.inode))
+                .collect(),
             Err(error) => {
                 tracing::warn!(%error, "cannot read the tables of sockets");
                 return;
@@ -148,8 +157,12 @@ impl Scanner {
             Some(at) => wanted(&listeners, at),
             None => Vec::new(),
         };
-        let gone: Vec<u64> =
-            self.relays.keys().copied().filter(|inode| !wanted.iter().any(|l| l.inode == *inode)).collect();
+        let gone: Vec<u64> = self
+            .relays
+            .keys()
+            .copied()
+            .filter(|inode| !wanted.iter().any(|l| l.inode == *inode))
+            .collect();
         for inode in gone {
             if let Some(relay) = self.relays.remove(&inode) {
                 relay.close().await;
@@ -160,7 +173,10 @@ impl Scanner {
                 if self.relays.len() >= MAX_RELAYS || self.relays.contains_key(&listener.inode) {
                     continue;
                 }
-                match Relay::start(SocketAddr::new(at.into(), listener.address.port()), listener.address) {
+                match Relay::start(
+                    SocketAddr::new(at.into(), listener.address.port()),
+                    listener.address,
+                ) {
                     Ok(relay) => {
                         self.relays.insert(listener.inode, relay);
                     }
@@ -193,7 +209,10 @@ impl Scanner {
 /// Loopback listeners whose port nothing serves on the guest's address; one per port.
 fn wanted(listeners: &[Listener], at: Ipv4Addr) -> Vec<&Listener> {
     let mut wanted: Vec<&Listener> = Vec::new();
-    for listener in listeners.iter().filter(|l| l.address.ip().is_loopback() && l.address.ip() != IpAddr::V4(at)) {
+    for listener in listeners
+        .iter()
+        .filter(|l| l.address.ip().is_loopback() && l.address.ip() != IpAddr::V4(at))
+    {
         let port = listener.address.port();
         let served = |l: &Listener| {
             let ip = l.address.ip();
@@ -217,7 +236,10 @@ mod tests {
 
     #[test]
     fn g32_only_what_is_on_loopback_alone_is_relayed() {
-        let listener = |text: &str, inode| Listener { address: text.parse().unwrap(), inode };
+        let listener = |text: &str, inode| Listener {
+            address: text.parse().unwrap(),
+            inode,
+        };
         let all = [
             listener("127.0.0.1:80", 1),
             listener("[::1]:80", 2),
@@ -250,7 +272,10 @@ mod tests {
     async fn g32_a_loopback_listener_is_reachable_as_long_as_it_is_there() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let ports = Ports::new(Settings { address: Some(AT), own_port: 1 });
+        let ports = Ports::new(Settings {
+            address: Some(AT),
+            own_port: 1,
+        });
         assert!(!reachable(port).await);
         ports.start().await;
         until(port, true).await;
@@ -279,7 +304,10 @@ mod tests {
     async fn g25_stop_joins_relays_and_their_connections() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let ports = Ports::new(Settings { address: Some(AT), own_port: 1 });
+        let ports = Ports::new(Settings {
+            address: Some(AT),
+            own_port: 1,
+        });
         ports.start().await;
         until(port, true).await;
         let mut client = TcpStream::connect((AT, port)).await.unwrap();
@@ -288,7 +316,10 @@ mod tests {
         assert!(!reachable(port).await);
         let mut byte = [0];
         let ended = tokio::time::timeout(Duration::from_secs(1), client.read(&mut byte)).await;
-        assert!(matches!(ended, Ok(Ok(0) | Err(_))), "the connection must be gone");
+        assert!(
+            matches!(ended, Ok(Ok(0) | Err(_))),
+            "the connection must be gone"
+        );
         ports.restart().await;
         until(port, true).await;
         ports.stop().await;

@@ -27,7 +27,11 @@ pub(super) struct Relay {
 impl Relay {
     /// Listens at `from` and connects to `to`.
     pub(super) fn start(from: SocketAddr, to: SocketAddr) -> io::Result<Relay> {
-        let socket = if from.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        let socket = if from.is_ipv4() {
+            TcpSocket::new_v4()
+        } else {
+            TcpSocket::new_v6()
+        }?;
         socket.set_reuseaddr(true)?;
         socket.bind(from)?;
         let listener = socket.listen(BACKLOG)?;
@@ -84,7 +88,9 @@ async fn accept(listener: TcpListener, to: SocketAddr, close: CancellationToken)
 }
 
 async fn relay(mut outside: TcpStream, to: SocketAddr) {
-    let Ok(mut inside) = TcpStream::connect(to).await else { return };
+    let Ok(mut inside) = TcpStream::connect(to).await else {
+        return;
+    };
     for stream in [&outside, &inside] {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot set TCP_NODELAY");

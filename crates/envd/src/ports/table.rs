@@ -36,7 +36,11 @@ impl Tables {
                 Err(error) => return Err(error),
             }
         }
-        Ok(self.buffers.iter().flat_map(|buffer| buffer.split(|&b| b == b'\n')).filter_map(line))
+        Ok(self
+            .buffers
+            .iter()
+            .flat_map(|buffer| buffer.split(|&b| b == b'\n'))
+            .filter_map(line))
     }
 }
 
@@ -53,7 +57,10 @@ pub fn line(line: &[u8]) -> Option<Listener> {
     let inode = fields.nth(5)?.parse().ok()?;
     let (address, port) = local.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
-    Some(Listener { address: SocketAddr::new(ip(address)?, port), inode })
+    Some(Listener {
+        address: SocketAddr::new(ip(address)?, port),
+        inode,
+    })
 }
 
 /// Addresses are printed as 32-bit words in the machine's byte order.
@@ -82,17 +89,35 @@ mod tests {
     #[test]
     fn lines_of_both_tables_are_read() {
         for (text, expected) in [
-            ("   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12345 1 0 100 0", Some(("127.0.0.1:8080", 12345))),
-            ("   1: 00000000000000000000000001000000:0050 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000 0 99 1", Some(("[::1]:80", 99))),
-            ("   1: 0000000000000000FFFF00000100007F:0050 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000 0 98 1", Some(("127.0.0.1:80", 98))),
-            ("   0: 0100007F:1F90 0100007F:0001 01 00000000:00000000 00:00000000 00000000     0        0 12345 1", None),
-            ("  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode", None),
+            (
+                "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12345 1 0 100 0",
+                Some(("127.0.0.1:8080", 12345)),
+            ),
+            (
+                "   1: 00000000000000000000000001000000:0050 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000 0 99 1",
+                Some(("[::1]:80", 99)),
+            ),
+            (
+                "   1: 0000000000000000FFFF00000100007F:0050 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000 0 98 1",
+                Some(("127.0.0.1:80", 98)),
+            ),
+            (
+                "   0: 0100007F:1F90 0100007F:0001 01 00000000:00000000 00:00000000 00000000     0        0 12345 1",
+                None,
+            ),
+            (
+                "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode",
+                None,
+            ),
             ("", None),
             ("0: 0100007F 0 0A 0 0 0 0 0 1", None),
             ("0: 010000é7F:1F90 0 0A 0 0 0 0 0 1", None),
         ] {
             let read = line(text.as_bytes());
-            let expected = expected.map(|(a, inode)| Listener { address: a.parse().unwrap(), inode });
+            let expected = expected.map(|(a, inode)| Listener {
+                address: a.parse().unwrap(),
+                inode,
+            });
             assert_eq!(read, expected, "{text}");
         }
     }
@@ -102,7 +127,12 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let mut tables = Tables::default();
-        assert!(tables.read().unwrap().any(|l| l.address == address && l.inode > 0));
+        assert!(
+            tables
+                .read()
+                .unwrap()
+                .any(|l| l.address == address && l.inode > 0)
+        );
         drop(listener);
         assert!(!tables.read().unwrap().any(|l| l.address == address));
     }

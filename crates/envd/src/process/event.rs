@@ -59,7 +59,9 @@ impl Event {
 
     fn json(&self) -> Vec<u8> {
         match self {
-            Event::Started(pid) => format!(r#"{{"event":{{"start":{{"pid":{pid}}}}}}}"#).into_bytes(),
+            Event::Started(pid) => {
+                format!(r#"{{"event":{{"start":{{"pid":{pid}}}}}}}"#).into_bytes()
+            }
             Event::Data(channel, data) => {
                 let mut text = String::with_capacity(data.len().div_ceil(3) * 4 + 40);
                 text.push_str(r#"{"event":{"data":{""#);
@@ -78,7 +80,9 @@ impl Event {
                 if let Some(error) = exit.error() {
                     end["error"] = error.into();
                 }
-                serde_json::json!({ "event": { "end": end } }).to_string().into_bytes()
+                serde_json::json!({ "event": { "end": end } })
+                    .to_string()
+                    .into_bytes()
             }
             Event::KeepAlive { missed: None } => br#"{"event":{"keepalive":{}}}"#.to_vec(),
             // 64-bit numbers are text in proto3 JSON.
@@ -173,9 +177,20 @@ mod tests {
     fn both_codecs_say_what_the_generated_code_says() {
         both(&Event::Started(4242));
         both(&Event::KeepAlive { missed: None });
-        for exit in [Exit::Code(0), Exit::Code(1), Exit::Code(255), Exit::Signal { number: 9, dumped: false }] {
+        for exit in [
+            Exit::Code(0),
+            Exit::Code(1),
+            Exit::Code(255),
+            Exit::Signal {
+                number: 9,
+                dumped: false,
+            },
+        ] {
             let read = format!("{:?}", both(&Event::End(exit)));
-            assert!(read.contains(&format!("exit_code: {}", exit.code())), "{read}");
+            assert!(
+                read.contains(&format!("exit_code: {}", exit.code())),
+                "{read}"
+            );
         }
         for size in [0, 1, 100, 120, 127, 128, 16_000, 32_768, 3_000_000] {
             for channel in [Channel::Stdout, Channel::Stderr, Channel::Pty] {
@@ -187,7 +202,9 @@ mod tests {
 
     #[test]
     fn a_gap_is_a_keepalive_to_those_who_do_not_know_it() {
-        let gap = Event::KeepAlive { missed: Some(70_000) };
+        let gap = Event::KeepAlive {
+            missed: Some(70_000),
+        };
         let proto = Encodable::<StartResponse>::encode(&gap, CodecFormat::Proto).unwrap();
         let read = StartResponse::decode(&mut proto.as_ref()).unwrap();
         assert!(format!("{read:?}").contains("Keepalive"), "{read:?}");

@@ -21,9 +21,15 @@ impl Exit {
     pub fn from_wait(status: &WaitIdStatus) -> Exit {
         match (status.exit_status(), status.terminating_signal()) {
             (Some(code), _) => Exit::Code(code),
-            (None, Some(number)) => Exit::Signal { number, dumped: status.dumped() },
+            (None, Some(number)) => Exit::Signal {
+                number,
+                dumped: status.dumped(),
+            },
             // `WEXITED` reports nothing else.
-            (None, None) => Exit::Signal { number: 0, dumped: false },
+            (None, None) => Exit::Signal {
+                number: 0,
+                dumped: false,
+            },
         }
     }
 
@@ -89,13 +95,29 @@ mod tests {
 
     #[test]
     fn ends_read_as_clients_expect() {
-        assert_eq!((Exit::Code(0).status().as_str(), Exit::Code(0).error()), ("exit status 0", None));
+        assert_eq!(
+            (Exit::Code(0).status().as_str(), Exit::Code(0).error()),
+            ("exit status 0", None)
+        );
         assert_eq!(Exit::Code(3).error().as_deref(), Some("exit status 3"));
-        let killed = Exit::Signal { number: 9, dumped: false };
+        let killed = Exit::Signal {
+            number: 9,
+            dumped: false,
+        };
         assert_eq!((killed.code(), killed.exited()), (-1, false));
         assert_eq!(killed.error().as_deref(), Some("signal: killed"));
-        let segv = Exit::Signal { number: 11, dumped: true };
+        let segv = Exit::Signal {
+            number: 11,
+            dumped: true,
+        };
         assert_eq!(segv.status(), "signal: segmentation fault (core dumped)");
-        assert_eq!(Exit::Signal { number: 40, dumped: false }.status(), "signal: signal 40");
+        assert_eq!(
+            Exit::Signal {
+                number: 40,
+                dumped: false
+            }
+            .status(),
+            "signal: signal 40"
+        );
     }
 }

@@ -131,7 +131,12 @@ impl Log {
     pub fn reader(self: &Arc<Self>, offset: Option<u64>, lossless: bool) -> Reader {
         let mut inner = self.lock();
         let at = offset.map_or(inner.end, |offset| offset.min(inner.end));
-        let place = Some(Place { at, lossless, moved: Instant::now(), waker: None });
+        let place = Some(Place {
+            at,
+            lossless,
+            moved: Instant::now(),
+            waker: None,
+        });
         let free = inner.places.iter().position(Option::is_none);
         let slot = match free {
             Some(slot) => {
@@ -143,7 +148,10 @@ impl Log {
                 inner.places.len() - 1
             }
         };
-        Reader { log: Arc::clone(self), slot }
+        Reader {
+            log: Arc::clone(self),
+            slot,
+        }
     }
 
     /// Waits until more may be pushed. Once the program has ended there is always room:
@@ -187,7 +195,11 @@ impl Log {
         }
         let offset = inner.end;
         inner.end += data.len() as u64;
-        inner.chunks.push_back(Chunk { offset, channel, data });
+        inner.chunks.push_back(Chunk {
+            offset,
+            channel,
+            data,
+        });
         inner.evict();
         let wakers = inner.take_wakers();
         drop(inner);
@@ -221,7 +233,13 @@ impl Log {
 impl Inner {
     /// Where the slowest lossless reader is; the end where there is none.
     fn needed_from(&self) -> u64 {
-        self.places.iter().flatten().filter(|p| p.lossless).map(|p| p.at).min().unwrap_or(self.end)
+        self.places
+            .iter()
+            .flatten()
+            .filter(|p| p.lossless)
+            .map(|p| p.at)
+            .min()
+            .unwrap_or(self.end)
     }
 
     fn evict(&mut self) {
@@ -253,10 +271,16 @@ impl Inner {
             if self.places.iter().flatten().count() < 2 {
                 // Alone: as with a pipe, the program waits as long as its reader does.
                 // Another reader that comes later is seen at the next look.
-                return Room::Full { retry: Some(PATIENCE) };
+                return Room::Full {
+                    retry: Some(PATIENCE),
+                };
             }
             let needed_from = self.needed_from();
-            let slowest = self.places.iter_mut().flatten().filter(|p| p.lossless && p.at == needed_from);
+            let slowest = self
+                .places
+                .iter_mut()
+                .flatten()
+                .filter(|p| p.lossless && p.at == needed_from);
             let mut wait = None;
             let mut gave_up = false;
             for place in slowest {
@@ -275,7 +299,11 @@ impl Inner {
     }
 
     fn take_wakers(&mut self) -> Vec<Waker> {
-        self.places.iter_mut().flatten().filter_map(|p| p.waker.take()).collect()
+        self.places
+            .iter_mut()
+            .flatten()
+            .filter_map(|p| p.waker.take())
+            .collect()
     }
 
     /// What the reader at `at` gets next, and where it is then.
@@ -306,7 +334,9 @@ impl Reader {
     /// The next item; after [`Item::End`] the same again.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Item> {
         let mut inner = self.log.lock();
-        let Some(Some(place)) = inner.places.get(self.slot) else { return Poll::Pending };
+        let Some(Some(place)) = inner.places.get(self.slot) else {
+            return Poll::Pending;
+        };
         match inner.next(place.at) {
             Some((item, at)) => {
                 if let Some(Some(place)) = inner.places.get_mut(self.slot) {
@@ -367,7 +397,10 @@ mod tests {
         let blocked = tokio::time::timeout(Duration::from_millis(20), log.room()).await;
         assert!(blocked.is_err(), "a full window must hold back");
         for _ in 0..4 {
-            assert_eq!(next(&mut reader).await, Item::Data(Channel::Stdout, chunk(32 * 1024)));
+            assert_eq!(
+                next(&mut reader).await,
+                Item::Data(Channel::Stdout, chunk(32 * 1024))
+            );
         }
         log.room().await;
         log.finish(Exit::Code(0));
@@ -389,7 +422,9 @@ mod tests {
         }
         assert!(log.kept() <= KEPT);
         log.finish(Exit::Code(0));
-        let Item::Missed(missed) = next(&mut stuck).await else { panic!("must be told") };
+        let Item::Missed(missed) = next(&mut stuck).await else {
+            panic!("must be told")
+        };
         let mut read = 0;
         loop {
             match next(&mut stuck).await {
@@ -408,11 +443,20 @@ mod tests {
             log.push(Channel::Pty, Bytes::from_static(part.as_bytes()));
         }
         let mut reader = log.reader(Some(4), false);
-        assert_eq!(next(&mut reader).await, Item::Data(Channel::Pty, Bytes::from_static(b"ef")));
-        assert_eq!(next(&mut reader).await, Item::Data(Channel::Pty, Bytes::from_static(b"ghi")));
+        assert_eq!(
+            next(&mut reader).await,
+            Item::Data(Channel::Pty, Bytes::from_static(b"ef"))
+        );
+        assert_eq!(
+            next(&mut reader).await,
+            Item::Data(Channel::Pty, Bytes::from_static(b"ghi"))
+        );
         let mut now = log.reader(None, false);
         log.push(Channel::Pty, Bytes::from_static(b"j"));
-        assert_eq!(next(&mut now).await, Item::Data(Channel::Pty, Bytes::from_static(b"j")));
+        assert_eq!(
+            next(&mut now).await,
+            Item::Data(Channel::Pty, Bytes::from_static(b"j"))
+        );
     }
 
     #[tokio::test]
@@ -422,7 +466,11 @@ mod tests {
         for _ in 0..WINDOW_CHUNKS {
             log.push(Channel::Stdout, chunk(1));
         }
-        assert!(tokio::time::timeout(Duration::from_millis(20), log.room()).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(20), log.room())
+                .await
+                .is_err()
+        );
         drop(_idle);
         log.room().await;
         assert!(log.lock().chunks.len() <= KEPT_CHUNKS);
@@ -442,6 +490,9 @@ mod tests {
         }
         log.room().await;
         log.push(Channel::Stdout, chunk(1));
-        assert!(matches!(next(&mut other).await, Item::Data(..) | Item::Missed(_)));
+        assert!(matches!(
+            next(&mut other).await,
+            Item::Data(..) | Item::Missed(_)
+        ));
     }
 }

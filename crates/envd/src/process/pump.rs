@@ -36,7 +36,9 @@ pub(super) async fn pump(source: Arc<AsyncFd<OwnedFd>>, channel: Channel, log: A
     let mut grown = channel == Channel::Pty;
     loop {
         log.room().await;
-        let Ok(mut ready) = source.ready(Interest::READABLE).await else { return };
+        let Ok(mut ready) = source.ready(Interest::READABLE).await else {
+            return;
+        };
         buffer.reserve_exact(max - buffer.len());
         let outcome = fill(source.get_ref(), &mut buffer, channel);
         if buffer.is_empty() {

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use buffa::MessageField;
 use connectrpc::{
-    ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
+    ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult,
+    ServiceStream,
 };
 use futures::StreamExt;
 use rustix::process::Signal as KernelSignal;
@@ -34,7 +35,10 @@ pub struct ProcessService {
 impl ProcessService {
     /// A service without programs.
     pub fn new(state: Arc<State>) -> Arc<ProcessService> {
-        Arc::new(ProcessService { state, table: Arc::default() })
+        Arc::new(ProcessService {
+            state,
+            table: Arc::default(),
+        })
     }
 
     fn running(
@@ -48,7 +52,9 @@ impl ProcessService {
 impl From<SelectError> for ConnectError {
     fn from(error: SelectError) -> Self {
         match error {
-            SelectError::NoPid(_) | SelectError::NoTag(_) => ConnectError::not_found(error.to_string()),
+            SelectError::NoPid(_) | SelectError::NoTag(_) => {
+                ConnectError::not_found(error.to_string())
+            }
             SelectError::Ambiguous { .. } => ConnectError::failed_precondition(error.to_string()),
         }
     }
@@ -87,14 +93,22 @@ fn selector_of(selector: Option<wire::ProcessSelector>) -> Result<Selector, Conn
     match selector.and_then(|s| s.selector) {
         Some(process_selector::Selector::Pid(pid)) => Ok(Selector::Pid(pid)),
         Some(process_selector::Selector::Tag(tag)) => Ok(Selector::Tag(tag)),
-        None => Err(ConnectError::invalid_argument("the request names no process: set `pid` or `tag`")),
+        None => Err(ConnectError::invalid_argument(
+            "the request names no process: set `pid` or `tag`",
+        )),
     }
 }
 
 /// A terminal's size; what is not given is 80 by 24, what is too big the most there is.
 fn size_of(pty: wire::PTY) -> (u16, u16) {
     let size = pty.size.into_option().unwrap_or_default();
-    let fit = |n: u32, default: u16| if n == 0 { default } else { u16::try_from(n).unwrap_or(u16::MAX) };
+    let fit = |n: u32, default: u16| {
+        if n == 0 {
+            default
+        } else {
+            u16::try_from(n).unwrap_or(u16::MAX)
+        }
+    };
     (fit(size.cols, 80), fit(size.rows, 24))
 }
 
@@ -102,7 +116,11 @@ async fn feed(process: &Process, input: Option<wire::ProcessInput>) -> Result<()
     match input.and_then(|i| i.input) {
         Some(process_input::Input::Stdin(data)) => process.write_stdin(&data).await?,
         Some(process_input::Input::Pty(data)) => process.write_terminal(&data).await?,
-        None => return Err(ConnectError::invalid_argument("the request has no input: set `stdin` or `pty`")),
+        None => {
+            return Err(ConnectError::invalid_argument(
+                "the request has no input: set `stdin` or `pty`",
+            ));
+        }
     }
     Ok(())
 }
@@ -132,7 +150,10 @@ impl wire::Process for ProcessService {
         _request: ServiceRequest<'_, wire::ListRequest>,
     ) -> ServiceResult<wire::ListResponse> {
         let processes = self.table.list().iter().map(|p| describe(p)).collect();
-        Response::ok(wire::ListResponse { processes, ..Default::default() })
+        Response::ok(wire::ListResponse {
+            processes,
+            ..Default::default()
+        })
     }
 
     async fn connect(
@@ -143,9 +164,17 @@ impl wire::Process for ProcessService {
         let selector = selector_of(request.to_owned_message().process.into_option())?;
         let manner = Manner::from_headers(ctx.headers());
         let offset = match ctx.header(OFFSET_HEADER) {
-            Some(value) => Some(value.to_str().ok().and_then(|v| v.parse::<u64>().ok()).ok_or_else(|| {
-                ConnectError::invalid_argument(format!("{OFFSET_HEADER} is not a number of bytes"))
-            })?),
+            Some(value) => Some(
+                value
+                    .to_str()
+                    .ok()
+                    .and_then(|v| v.parse::<u64>().ok())
+                    .ok_or_else(|| {
+                        ConnectError::invalid_argument(format!(
+                            "{OFFSET_HEADER} is not a number of bytes"
+                        ))
+                    })?,
+            ),
             None => None,
         };
         let lossless = ctx.header(OUTPUT_HEADER).is_some_and(|v| v == "lossless");
@@ -189,9 +218,9 @@ impl wire::Process for ProcessService {
         // program that nobody supervises.
         let (state, table) = (Arc::clone(&self.state), Arc::clone(&self.table));
         let started = tokio::spawn(async move { start(&state, &table, request).await });
-        let (process, reader) = started
-            .await
-            .map_err(|panic| ConnectError::internal(format!("starting the program failed: {panic}")))??;
+        let (process, reader) = started.await.map_err(|panic| {
+            ConnectError::internal(format!("starting the program failed: {panic}"))
+        })??;
         Ok(Response::stream(Events::of_start(process, reader, manner)))
     }
 
@@ -225,12 +254,20 @@ impl wire::Process for ProcessService {
                 }
                 (Some(stream_input_request::Event::Keepalive(_)), _) => {}
                 (Some(stream_input_request::Event::Start(_)), Some(_)) => {
-                    return Err(ConnectError::invalid_argument("`start` came twice on one input stream"));
+                    return Err(ConnectError::invalid_argument(
+                        "`start` came twice on one input stream",
+                    ));
                 }
                 (Some(stream_input_request::Event::Data(_)), None) => {
-                    return Err(ConnectError::invalid_argument("an input stream begins with `start`"));
+                    return Err(ConnectError::invalid_argument(
+                        "an input stream begins with `start`",
+                    ));
                 }
-                (None, _) => return Err(ConnectError::invalid_argument("an empty message on an input stream")),
+                (None, _) => {
+                    return Err(ConnectError::invalid_argument(
+                        "an empty message on an input stream",
+                    ));
+                }
             }
         }
         Response::ok(wire::StreamInputResponse::default())
@@ -258,7 +295,9 @@ impl wire::Process for ProcessService {
             Some(wire::Signal::SIGNAL_SIGKILL) => KernelSignal::KILL,
             Some(wire::Signal::SIGNAL_SIGTERM) => KernelSignal::TERM,
             Some(wire::Signal::SIGNAL_UNSPECIFIED) | None => {
-                return Err(ConnectError::invalid_argument("the signal must be SIGNAL_SIGTERM or SIGNAL_SIGKILL"));
+                return Err(ConnectError::invalid_argument(
+                    "the signal must be SIGNAL_SIGTERM or SIGNAL_SIGKILL",
+                ));
             }
         };
         let process = self.table.running(&selector)?;

@@ -131,14 +131,20 @@ pub(super) async fn start(
     let plan = Plan::new(state, &request)?;
     // All that can fail for lack of descriptors comes before the program.
     let (ours, streams) = Streams::new(&request).map_err(|source| exhausted(&request, source))?;
-    let Ours { input, terminal, outputs } = ours;
+    let Ours {
+        input,
+        terminal,
+        outputs,
+    } = ours;
     let state_for_child = Arc::clone(state);
     // A child takes its time when memory is short; that must not stop everybody else.
     let spawned = tokio::task::spawn_blocking(move || {
         let child = plan.spawn(&streams, &state_for_child);
         (plan, child)
     });
-    let (plan, child) = spawned.await.map_err(|panic| exhausted(&request, io::Error::other(panic)))?;
+    let (plan, child) = spawned
+        .await
+        .map_err(|panic| exhausted(&request, io::Error::other(panic)))?;
     let child = child.map_err(|(step, source)| explain(&request, &plan.cwd, step, source))?;
     let pidfd = match sys::async_fd(child.pidfd) {
         Ok(pidfd) => pidfd,
@@ -163,14 +169,23 @@ pub(super) async fn start(
         .into_iter()
         .map(|(fd, channel)| tokio::spawn(pump(fd, channel, Arc::clone(&log))))
         .collect();
-    tokio::spawn(supervise(Arc::clone(&process), pidfd, pumps, request.deadline, Arc::clone(table)));
+    tokio::spawn(supervise(
+        Arc::clone(&process),
+        pidfd,
+        pumps,
+        request.deadline,
+        Arc::clone(table),
+    ));
     drop(entered);
     tracing::debug!(pid = process.pid, user = %request.user.name, "program started");
     Ok((process, reader))
 }
 
 fn exhausted(request: &Request, source: io::Error) -> StartError {
-    StartError::Exhausted { command: request.config.cmd.clone(), source }
+    StartError::Exhausted {
+        command: request.config.cmd.clone(),
+        source,
+    }
 }
 
 fn abandon(pidfd: &OwnedFd) {
@@ -193,14 +208,20 @@ fn explain(request: &Request, cwd: &Path, step: Step, source: io::Error) -> Star
         (Step::Cwd, PermissionDenied) => StartError::CwdDenied { cwd, user },
         (Step::Exec, NotFound | NotADirectory) => StartError::NotFound(command),
         (Step::Exec, PermissionDenied) => StartError::Denied { command, user },
-        (Step::Groups | Step::Gid | Step::Uid, PermissionDenied) => {
-            StartError::User { user, uid: request.user.uid, source }
-        }
+        (Step::Groups | Step::Gid | Step::Uid, PermissionDenied) => StartError::User {
+            user,
+            uid: request.user.uid,
+            source,
+        },
         _ => match source.raw_os_error() {
             Some(libc::EAGAIN | libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::E2BIG) => {
                 StartError::Exhausted { command, source }
             }
-            _ => StartError::Failed { command, step, source },
+            _ => StartError::Failed {
+                command,
+                step,
+                source,
+            },
         },
     }
 }
@@ -239,7 +260,14 @@ impl Streams {
             (Arc::new(nonblocking(stderr)?), Channel::Stderr),
         ];
         let theirs = Streams([their_in, their_out, their_err].map(Arc::new));
-        Ok((Ours { input, terminal: None, outputs }, theirs))
+        Ok((
+            Ours {
+                input,
+                terminal: None,
+                outputs,
+            },
+            theirs,
+        ))
     }
 
     fn terminal((cols, rows): (u16, u16), user: &User) -> io::Result<(Ours, Streams)> {
@@ -263,7 +291,10 @@ impl Streams {
             terminal: Some(Arc::clone(&master)),
             outputs: vec![(master, Channel::Pty)],
         };
-        Ok((ours, Streams([Arc::clone(&slave), Arc::clone(&slave), slave])))
+        Ok((
+            ours,
+            Streams([Arc::clone(&slave), Arc::clone(&slave), slave]),
+        ))
     }
 }
 
@@ -296,7 +327,11 @@ impl Plan {
             entry.extend_from_slice(value.as_bytes());
             envp.push(CString::new(entry).map_err(|_| StartError::Nul("a variable"))?);
         }
-        let cwd = working_directory(asked.cwd.as_deref(), config.default_workdir.as_deref(), user);
+        let cwd = working_directory(
+            asked.cwd.as_deref(),
+            config.default_workdir.as_deref(),
+            user,
+        );
         let candidates = candidates(&asked.cmd, envs.get(OsStr::new("PATH")), &cwd)?;
         if asked.cwd.as_ref().is_some_and(|cwd| !cwd.is_empty()) && !cwd.exists() {
             return Err(StartError::NoCwd(cwd.display().to_string()));
@@ -310,12 +345,23 @@ impl Plan {
             groups: user.groups.clone(),
         });
         let terminal = request.terminal.is_some();
-        Ok(Plan { candidates, argv, envp, cwd, credentials, terminal })
+        Ok(Plan {
+            candidates,
+            argv,
+            envp,
+            cwd,
+            credentials,
+            terminal,
+        })
     }
 
     fn spawn(&self, streams: &Streams, state: &State) -> Result<sys::Child, (Step, io::Error)> {
         let [stdin, stdout, stderr] = &streams.0;
-        let group = if self.terminal { Group::Ptys } else { Group::User };
+        let group = if self.terminal {
+            Group::Ptys
+        } else {
+            Group::User
+        };
         let cwd = CString::new(self.cwd.as_os_str().as_bytes())
             .map_err(|nul| (Step::Cwd, io::Error::other(nul)))?;
         sys::spawn(&Program {
@@ -358,7 +404,10 @@ fn environment(
 }
 
 fn working_directory(request: Option<&str>, default: Option<&Path>, user: &User) -> PathBuf {
-    let asked = request.filter(|cwd| !cwd.is_empty()).map(Path::new).or(default);
+    let asked = request
+        .filter(|cwd| !cwd.is_empty())
+        .map(Path::new)
+        .or(default);
     match asked {
         Some(path) => crate::users::expand_home(path, &user.home),
         // A user without a home can still work.
@@ -369,7 +418,11 @@ fn working_directory(request: Option<&str>, default: Option<&Path>, user: &User)
 
 /// The paths that `command` may mean: itself where it has a slash (relative to the working
 /// directory), else one per directory of `PATH`.
-fn candidates(command: &str, path: Option<&OsString>, cwd: &Path) -> Result<Vec<CString>, StartError> {
+fn candidates(
+    command: &str,
+    path: Option<&OsString>,
+    cwd: &Path,
+) -> Result<Vec<CString>, StartError> {
     let whole = |path: PathBuf| {
         CString::new(path.into_os_string().into_vec()).map_err(|_| StartError::Nul("the command"))
     };
@@ -380,7 +433,10 @@ fn candidates(command: &str, path: Option<&OsString>, cwd: &Path) -> Result<Vec<
         std::env::split_paths(path)
             .map(|dir| cwd.join(dir).join(command))
             // A directory of that name would say "permission denied" and hide a later one.
-            .filter(|file| std::fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0))
+            .filter(|file| {
+                std::fs::metadata(file)
+                    .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+            })
             .map(whole)
             .collect()
     })
@@ -407,7 +463,9 @@ mod tests {
         let mut user = user();
         user.home = "/usr".into();
         let at = |request, default: Option<&str>| {
-            working_directory(request, default.map(Path::new), &user).display().to_string()
+            working_directory(request, default.map(Path::new), &user)
+                .display()
+                .to_string()
         };
         assert_eq!(at(None, None), "/usr");
         assert_eq!(at(Some(""), None), "/usr");
@@ -423,11 +481,22 @@ mod tests {
     #[test]
     fn later_variables_win_and_bad_names_are_refused() {
         let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
-            pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect()
+            pairs
+                .iter()
+                .map(|(k, v)| ((*k).into(), (*v).into()))
+                .collect()
         };
-        let envs = environment(&user(), &map(&[("A", "1"), ("B", "1"), ("HOME", "/h")]), &map(&[("B", "2")])).unwrap();
+        let envs = environment(
+            &user(),
+            &map(&[("A", "1"), ("B", "1"), ("HOME", "/h")]),
+            &map(&[("B", "2")]),
+        )
+        .unwrap();
         let get = |name: &str| envs.get(OsStr::new(name)).and_then(|v| v.to_str()).unwrap();
-        assert_eq!((get("A"), get("B"), get("HOME"), get("USER")), ("1", "2", "/h", "user"));
+        assert_eq!(
+            (get("A"), get("B"), get("HOME"), get("USER")),
+            ("1", "2", "/h", "user")
+        );
         for name in ["", "A=B"] {
             assert!(environment(&user(), &map(&[]), &map(&[(name, "")])).is_err());
         }
@@ -438,7 +507,14 @@ mod tests {
         let path = OsString::from("/nowhere:/bin:/usr/bin");
         let found = candidates("sh", Some(&path), Path::new("/")).unwrap();
         assert_eq!(found[0].to_str(), Ok("/bin/sh"));
-        assert!(candidates("no-such", Some(&path), Path::new("/")).unwrap().is_empty());
-        assert_eq!(candidates("./a", None, Path::new("/srv")).unwrap()[0].to_str(), Ok("/srv/./a"));
+        assert!(
+            candidates("no-such", Some(&path), Path::new("/"))
+                .unwrap()
+                .is_empty()
+        );
+        assert_eq!(
+            candidates("./a", None, Path::new("/srv")).unwrap()[0].to_str(),
+            Ok("/srv/./a")
+        );
     }
 }

@@ -47,7 +47,10 @@ impl Manner {
 /// Where the events come from.
 enum Source {
     /// A log; with the process where its deadline belongs to this very stream.
-    Log { reader: Reader, own: Option<Arc<Process>> },
+    Log {
+        reader: Reader,
+        own: Option<Arc<Process>>,
+    },
     /// It has ended, and its output is gone.
     Ended(Exit),
     Done,
@@ -67,7 +70,14 @@ pub(super) struct Events {
 impl Events {
     /// Of the request that started the program, whose deadline ends this stream as an error.
     pub(super) fn of_start(process: Arc<Process>, reader: Reader, manner: Manner) -> Events {
-        Events::new(process.pid, Source::Log { reader, own: Some(process) }, manner)
+        Events::new(
+            process.pid,
+            Source::Log {
+                reader,
+                own: Some(process),
+            },
+            manner,
+        )
     }
 
     pub(super) fn of_reader(pid: u32, reader: Reader, manner: Manner) -> Events {
@@ -80,7 +90,13 @@ impl Events {
 
     fn new(pid: u32, source: Source, manner: Manner) -> Events {
         let timer = Box::pin(tokio::time::sleep(manner.keepalive));
-        Events { started: Some(pid), source, manner, timer, busy: false }
+        Events {
+            started: Some(pid),
+            source,
+            manner,
+            timer,
+            busy: false,
+        }
     }
 
     fn next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, ConnectError>>> {
@@ -101,9 +117,13 @@ impl Events {
                 Source::Done => return Poll::Ready(None),
             };
             match item {
-                Item::Data(channel, data) => return Poll::Ready(Some(Ok(Event::Data(channel, data)))),
+                Item::Data(channel, data) => {
+                    return Poll::Ready(Some(Ok(Event::Data(channel, data))));
+                }
                 Item::Missed(bytes) if self.manner.mark_gaps => {
-                    return Poll::Ready(Some(Ok(Event::KeepAlive { missed: Some(bytes) })));
+                    return Poll::Ready(Some(Ok(Event::KeepAlive {
+                        missed: Some(bytes),
+                    })));
                 }
                 Item::Missed(bytes) => tracing::debug!(bytes, "a slow reader missed output"),
                 Item::End(exit) => {
@@ -144,4 +164,3 @@ impl Stream for Events {
         }
     }
 }
-

@@ -77,7 +77,10 @@ impl Process {
                 // Nobody else may wait for our children; if somebody did, the status is lost.
                 tracing::error!(pid = self.pid, %error, "cannot read a program's exit status");
                 *alive = false;
-                Some(Exit::Signal { number: 0, dumped: false })
+                Some(Exit::Signal {
+                    number: 0,
+                    dumped: false,
+                })
             }
         }
     }
@@ -88,7 +91,11 @@ impl Process {
     /// `ESRCH` when it has ended, else what the kernel says.
     pub fn signal(&self, signal: Signal) -> rustix::io::Result<()> {
         let alive = self.alive();
-        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw).filter(|_| *alive) else {
+        let Some(pid) = i32::try_from(self.pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .filter(|_| *alive)
+        else {
             return Err(rustix::io::Errno::SRCH);
         };
         rustix::process::kill_process_group(pid, signal)
@@ -107,7 +114,10 @@ impl Process {
         match error.raw_os_error() {
             // A terminal whose other side is gone says EIO.
             Some(libc::EPIPE | libc::EIO) => InputError::Closed(self.pid),
-            _ => InputError::Failed { pid: self.pid, source: error },
+            _ => InputError::Failed {
+                pid: self.pid,
+                source: error,
+            },
         }
     }
 
@@ -129,7 +139,9 @@ impl Process {
     /// See [`InputError`].
     pub async fn write_terminal(&self, data: &[u8]) -> Result<(), InputError> {
         match &*self.input.lock().await {
-            Input::Terminal(terminal) => write_all(terminal, data).await.map_err(|e| self.failed(e)),
+            Input::Terminal(terminal) => {
+                write_all(terminal, data).await.map_err(|e| self.failed(e))
+            }
             Input::Pipe(_) | Input::None => Err(InputError::NoTerminal(self.pid)),
         }
     }
@@ -161,14 +173,22 @@ impl Process {
     /// # Errors
     /// [`InputError::NoTerminal`], or what the kernel says.
     pub fn resize(&self, cols: u16, rows: u16) -> Result<(), InputError> {
-        let terminal = self.terminal.as_ref().ok_or(InputError::NoTerminal(self.pid))?;
+        let terminal = self
+            .terminal
+            .as_ref()
+            .ok_or(InputError::NoTerminal(self.pid))?;
         rustix::termios::tcsetwinsize(terminal.get_ref(), window(cols, rows))
             .map_err(|error| self.failed(error.into()))
     }
 }
 
 pub(super) fn window(cols: u16, rows: u16) -> Winsize {
-    Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 }
+    Winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    }
 }
 
 /// A program that has ended.
@@ -255,7 +275,11 @@ impl Table {
 
     pub(super) fn ended(self: &Arc<Self>, process: &Arc<Process>, exit: Exit) {
         let mut inner = self.lock();
-        if inner.running.get(&process.pid).is_some_and(|p| Arc::ptr_eq(p, process)) {
+        if inner
+            .running
+            .get(&process.pid)
+            .is_some_and(|p| Arc::ptr_eq(p, process))
+        {
             inner.running.remove(&process.pid);
         }
         if inner.running.contains_key(&process.pid) {
@@ -318,7 +342,9 @@ impl Table {
     /// # Errors
     /// None, or several.
     pub fn running(&self, selector: &Selector) -> Result<Arc<Process>, SelectError> {
-        self.lock().running(selector)?.ok_or_else(|| selector.not_found())
+        self.lock()
+            .running(selector)?
+            .ok_or_else(|| selector.not_found())
     }
 
     /// A running program, or one that ended within [`RETENTION`].
@@ -360,11 +386,17 @@ impl Inner {
         match selector {
             Selector::Pid(pid) => Ok(self.running.get(pid).cloned()),
             Selector::Tag(tag) => {
-                let mut matching = self.running.values().filter(|p| p.tag.as_ref() == Some(tag));
+                let mut matching = self
+                    .running
+                    .values()
+                    .filter(|p| p.tag.as_ref() == Some(tag));
                 let first = matching.next().cloned();
                 match matching.count() {
                     0 => Ok(first),
-                    more => Err(SelectError::Ambiguous { tag: tag.clone(), count: more + 1 }),
+                    more => Err(SelectError::Ambiguous {
+                        tag: tag.clone(),
+                        count: more + 1,
+                    }),
                 }
             }
         }
@@ -372,7 +404,10 @@ impl Inner {
 
     /// Forgets an ended program; with a serial, only if it is still that one.
     fn forget(&mut self, pid: u32, serial: Option<u64>) {
-        if self.ended.get(&pid).is_some_and(|e| serial.is_none_or(|s| s == e.serial))
+        if self
+            .ended
+            .get(&pid)
+            .is_some_and(|e| serial.is_none_or(|s| s == e.serial))
             && let Some(ended) = self.ended.remove(&pid)
             && let Some(log) = ended.log
         {
@@ -382,7 +417,9 @@ impl Inner {
 
     fn drop_output(&mut self) {
         while self.output > ENDED_OUTPUT {
-            let Some((pid, serial)) = self.with_output.pop_front() else { break };
+            let Some((pid, serial)) = self.with_output.pop_front() else {
+                break;
+            };
             if let Some(ended) = self.ended.get_mut(&pid).filter(|e| e.serial == serial)
                 && let Some(log) = ended.log.take()
             {

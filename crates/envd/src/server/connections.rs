@@ -14,6 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
+/// When this many connections were open and most of them have gone, their memory is given
+/// back to the kernel.
+const CROWD: usize = 128;
+
 /// What a connection is told to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
@@ -44,6 +48,8 @@ struct Inner {
     prepared: bool,
     /// The identity for which old connections were closed last.
     restored_for: Option<String>,
+    /// The most that were open since memory was last given back.
+    peak: usize,
     open: HashMap<ConnectionId, Tracked>,
 }
 
@@ -56,8 +62,13 @@ pub struct Connections {
 impl Connections {
     /// No connections, on a machine with this identity.
     pub fn new(identity: Option<String>) -> Arc<Connections> {
-        let inner = Inner { restored_for: identity, ..Inner::default() };
-        Arc::new(Connections { inner: Mutex::new(inner) })
+        let inner = Inner {
+            restored_for: identity,
+            ..Inner::default()
+        };
+        Arc::new(Connections {
+            inner: Mutex::new(inner),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -75,7 +86,15 @@ impl Connections {
         let id = ConnectionId(inner.next);
         let epoch = inner.epoch;
         inner.open.insert(id, Tracked { epoch, mark, order });
-        (Guard { id, orders, all: Arc::clone(self) }, !prepared)
+        inner.peak = inner.peak.max(inner.open.len());
+        (
+            Guard {
+                id,
+                orders,
+                all: Arc::clone(self),
+            },
+            !prepared,
+        )
     }
 
     /// Before a freeze: all connections close when what they carry is done, and new ones
@@ -150,7 +169,17 @@ pub struct Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.all.lock().open.remove(&self.id);
+        let mut inner = self.all.lock();
+        inner.open.remove(&self.id);
+        let over = inner.peak >= CROWD && inner.open.len() < inner.peak / 4;
+        if over {
+            inner.peak = inner.open.len();
+            inner.open.shrink_to_fit();
+        }
+        drop(inner);
+        if over {
+            crate::sys::trim_heap();
+        }
     }
 }
 
@@ -178,14 +207,23 @@ mod tests {
         let (newer, _) = all.accepted(clone);
         let (carrier, _) = all.accepted(clone);
         all.restored(Some(carrier.id), Some("clone"));
-        assert_eq!((order(&old), order(&just_before)), (Order::Close, Order::Close));
-        assert_eq!((order(&newer), order(&carrier)), (Order::Serve, Order::Serve));
+        assert_eq!(
+            (order(&old), order(&just_before)),
+            (Order::Close, Order::Close)
+        );
+        assert_eq!(
+            (order(&newer), order(&carrier)),
+            (Order::Serve, Order::Serve)
+        );
         let (after, keep_alive) = all.accepted(clone);
         assert!(keep_alive);
         // Initialised again without a freeze: what came after the restore stays.
         let (again, _) = all.accepted(clone);
         all.restored(Some(again.id), Some("clone"));
-        assert_eq!((order(&newer), order(&carrier), order(&after)), (Order::Serve, Order::Serve, Order::Serve));
+        assert_eq!(
+            (order(&newer), order(&carrier), order(&after)),
+            (Order::Serve, Order::Serve, Order::Serve)
+        );
         assert_eq!(all.count(), 6);
         drop((old, just_before, newer, carrier, after, again));
         assert_eq!(all.count(), 0);
@@ -202,6 +240,9 @@ mod tests {
         assert_eq!(order(&old), Order::Serve);
         all.restored(Some(carrier.id), Some("clone"));
         assert_eq!(order(&old), Order::Close);
-        assert_eq!((order(&carrier), order(&newer)), (Order::Serve, Order::Serve));
+        assert_eq!(
+            (order(&carrier), order(&newer)),
+            (Order::Serve, Order::Serve)
+        );
     }
 }

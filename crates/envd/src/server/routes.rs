@@ -33,7 +33,9 @@ pub fn router(services: Services) -> axum::Router {
     let Services { state, host } = services;
     let rpc = ProcessService::new(Arc::clone(&state)).register(connectrpc::Router::new());
     let rpc = Arc::new(FilesystemService::new(Arc::clone(&state))).register(rpc);
-    let limits = Limits::default().with_max_request_body_size(MAX_MESSAGE).with_max_message_size(MAX_MESSAGE);
+    let limits = Limits::default()
+        .with_max_request_body_size(MAX_MESSAGE)
+        .with_max_message_size(MAX_MESSAGE);
     let rpc = ConnectRpcService::new(rpc).with_limits(limits);
     let rpc = axum::Router::new()
         .route_service("/process.Process/{method}", rpc.clone())

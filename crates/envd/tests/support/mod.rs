@@ -28,8 +28,13 @@ impl Envd {
             .spawn()
             .unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        Envd { child, address: line.trim().parse().unwrap() }
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        Envd {
+            child,
+            address: line.trim().parse().unwrap(),
+        }
     }
 
     pub fn pid(&self) -> u32 {
@@ -59,14 +64,18 @@ impl Envd {
 
     /// Open descriptors of the agent.
     pub fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .unwrap()
+            .count()
     }
 
     /// Children that nobody has reaped, and those that run.
     pub fn children(&self) -> String {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
         tasks
-            .map(|t| std::fs::read_to_string(t.unwrap().path().join("children")).unwrap_or_default())
+            .map(|t| {
+                std::fs::read_to_string(t.unwrap().path().join("children")).unwrap_or_default()
+            })
             .collect()
     }
 }
@@ -94,18 +103,25 @@ pub fn command(cmd: &str, args: &[&str]) -> wire::StartRequest {
     }
 }
 
-pub fn pid(pid: u32) -> buffa::MessageField<wire::ProcessSelector, buffa::Inline<wire::ProcessSelector>> {
+pub fn pid(
+    pid: u32,
+) -> buffa::MessageField<wire::ProcessSelector, buffa::Inline<wire::ProcessSelector>> {
     select(process_selector::Selector::Pid(pid))
 }
 
-pub fn tag(tag: &str) -> buffa::MessageField<wire::ProcessSelector, buffa::Inline<wire::ProcessSelector>> {
+pub fn tag(
+    tag: &str,
+) -> buffa::MessageField<wire::ProcessSelector, buffa::Inline<wire::ProcessSelector>> {
     select(process_selector::Selector::Tag(tag.into()))
 }
 
 fn select(
     selector: process_selector::Selector,
 ) -> buffa::MessageField<wire::ProcessSelector, buffa::Inline<wire::ProcessSelector>> {
-    buffa::MessageField::some(wire::ProcessSelector { selector: Some(selector), ..Default::default() })
+    buffa::MessageField::some(wire::ProcessSelector {
+        selector: Some(selector),
+        ..Default::default()
+    })
 }
 
 pub fn stdin(target: u32, data: &[u8]) -> wire::SendInputRequest {
@@ -119,7 +135,10 @@ pub fn pty(target: u32, data: &[u8]) -> wire::SendInputRequest {
 fn input(target: u32, input: process_input::Input) -> wire::SendInputRequest {
     wire::SendInputRequest {
         process: pid(target),
-        input: buffa::MessageField::some(wire::ProcessInput { input: Some(input), ..Default::default() }),
+        input: buffa::MessageField::some(wire::ProcessInput {
+            input: Some(input),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }
@@ -191,12 +210,22 @@ macro_rules! follow {
 }
 
 /// Runs to the end.
-pub async fn run(client: &Client, request: wire::StartRequest, options: CallOptions) -> Result<Told, ConnectError> {
+pub async fn run(
+    client: &Client,
+    request: wire::StartRequest,
+    options: CallOptions,
+) -> Result<Told, ConnectError> {
     let mut stream = client.start_with_options(request, options).await?;
     let mut told = Told::default();
     loop {
         match stream.message().await? {
-            Some(message) => told.take(message.to_owned_message().event.into_option().and_then(|e| e.event)),
+            Some(message) => told.take(
+                message
+                    .to_owned_message()
+                    .event
+                    .into_option()
+                    .and_then(|e| e.event),
+            ),
             None => return stream.error().cloned().map_or(Ok(told), Err),
         }
     }
