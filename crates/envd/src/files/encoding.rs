@@ -189,7 +189,9 @@ mod tests {
 
     #[tokio::test]
     async fn gunzip_takes_members_in_any_pieces_and_refuses_what_is_cut_off() {
-        let plain: Vec<u8> = (0..200_000u32).map(|i| (i.wrapping_mul(i) % 251) as u8).collect();
+        let plain: Vec<u8> = (0..200_000u32)
+            .map(|i| (i.wrapping_mul(i) % 251) as u8)
+            .collect();
         let mut packed = Vec::new();
         for half in plain.chunks(100_000) {
             let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
