@@ -41,7 +41,8 @@ impl HostConfig {
             keeper,
             network_prefix: "wrenn".to_owned(),
             subnet: "10.212.0.0/16".to_owned(),
-            pool_size: cpus.clamp(1, 4),
+            // A waiting machine costs some 40 MiB and no processor time.
+            pool_size: (2 * cpus).clamp(2, 16),
             accelerator: None,
             default_template: "minimal".to_owned(),
             shapes: ShapeLimits {

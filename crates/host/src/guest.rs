@@ -136,9 +136,8 @@ pub struct Identity<'a> {
     pub restore_id: &'a str,
     /// How often this machine was restored.
     pub generation: u64,
-    /// What every other request must carry from now on; none: the agent is open.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub access_token: Option<&'a str>,
+    /// What every other request must carry from now on; empty: the agent is open.
+    pub access_token: &'a str,
     /// Variables of every process.
     pub env_vars: &'a BTreeMap<String, String>,
     /// The sandbox, in its outside form.

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 
 use crate::guest::Identity;
 use crate::machine::{LiveMachine, MachineError, Phases, Site, restore};
-use crate::template::{LoadedTemplate, TemplateStore, warm};
+use crate::template::{LoadedTemplate, TemplateStore, WarmUp, warm};
 
 /// How long a restored machine may take until its guest agent has run the hook.
 const INIT_PATIENCE: Duration = Duration::from_secs(20);
@@ -121,7 +121,7 @@ impl Pool {
             let identity = Identity {
                 restore_id: &restore_id,
                 generation: machine.record.generation,
-                access_token: Some(token.reveal()),
+                access_token: token.reveal(),
                 env_vars: &BTreeMap::new(),
                 sandbox_id: "",
                 template_id: &template.manifest.name,
@@ -131,7 +131,7 @@ impl Pool {
             let patience = self.site.vmm.info().deadline(INIT_PATIENCE);
             machine.guest.init(&identity, &token, patience).await?;
             machine.guest.set_token(Some(token));
-            warm(&machine.guest).await?;
+            warm(&machine.guest, WarmUp::POOL).await?;
             machine.vm.stop().await?;
             Ok::<(), MachineError>(())
         };

@@ -334,7 +334,7 @@ impl Owner {
         let identity = Identity {
             restore_id,
             generation: machine.record.generation,
-            access_token: token.as_ref().map(AccessToken::reveal),
+            access_token: token.as_ref().map_or("", AccessToken::reveal),
             env_vars: &create.envs,
             sandbox_id: &id,
             template_id: &create.template,

@@ -23,28 +23,41 @@ use crate::machine::{BootedMachine, Site, boot_for_template, disk_bytes, write_j
 const BOOT_PATIENCE: Duration = Duration::from_secs(30);
 /// A boot that hangs is tried again so often, and counted.
 const BOOT_RETRIES: u32 = 1;
-/// How long the programs of [`WARM_UP`] may take together.
+/// How long the programs of a [`WarmUp`] may take together.
 const WARM_PATIENCE: Duration = Duration::from_secs(120);
 
-/// What first commands run. Once in the template, so that programs and libraries are in
-/// the page cache and forked from warm processes; once in each machine of the pool, so that
-/// their code is translated.
-const WARM_UP: &[&[&str]] = &[
-    &["/bin/bash", "-l", "-c", "true"],
-    &[
-        "/usr/bin/python3",
-        "-c",
-        "import json, os, subprocess, sys; print(1)",
-    ],
-    &["/usr/bin/git", "--version"],
-    &["/bin/bash", "-l", "-c", "true"],
-];
+/// What first commands run.
+pub struct WarmUp(&'static [&'static [&'static str]]);
+
+impl WarmUp {
+    /// Once in the template, so that programs and libraries are in the page cache of every
+    /// clone.
+    pub const TEMPLATE: WarmUp = WarmUp(&[
+        &["/bin/bash", "-l", "-c", "true"],
+        &[
+            "/usr/bin/python3",
+            "-c",
+            "import json, os, re, subprocess, sys; print(1)",
+        ],
+        &["/usr/bin/git", "--version"],
+        &["/bin/bash", "-l", "-c", "true"],
+    ]);
+
+    /// In each machine of the pool, so that their code is translated: the form of command
+    /// that E2B's clients send, twice, since the second pass takes other paths (what is
+    /// cached is found), and Python's start.
+    pub const POOL: WarmUp = WarmUp(&[
+        &["/bin/bash", "-l", "-c", "true"],
+        &["/usr/bin/python3", "-c", "print(1)"],
+        &["/bin/bash", "-l", "-c", "true"],
+    ]);
+}
 
 /// Runs what first commands run.
-pub async fn warm(guest: &Guest) -> Result<(), GuestError> {
+pub async fn warm(guest: &Guest, programs: WarmUp) -> Result<(), GuestError> {
     const WHAT: &str = "to run a program that warms it up";
     let run = async {
-        for command in WARM_UP {
+        for command in programs.0 {
             let (cmd, args) = command.split_first().unwrap_or((&"/bin/true", &[]));
             let request = StartRequest {
                 process: ProcessConfig {
@@ -148,7 +161,7 @@ async fn boot(
     let identity = Identity {
         restore_id: &booted.restore_id,
         generation: 0,
-        access_token: Some(booted.host_token.reveal()),
+        access_token: booted.host_token.reveal(),
         env_vars: &BTreeMap::new(),
         sandbox_id: "",
         template_id: name,
@@ -188,7 +201,7 @@ async fn save(
     let guest = |e: GuestError| TemplateError::machine(name, shape, e);
     booted.guest.set_token(Some(booted.host_token.clone()));
     let started = Instant::now();
-    warm(&booted.guest).await.map_err(guest)?;
+    warm(&booted.guest, WarmUp::TEMPLATE).await.map_err(guest)?;
     tracing::info!(name, ms = started.elapsed().as_millis(), "warmed");
     booted
         .guest

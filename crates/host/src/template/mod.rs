@@ -4,7 +4,7 @@
 mod freeze;
 mod store;
 
-pub use freeze::warm;
+pub use freeze::{WarmUp, warm};
 pub use store::{LoadedTemplate, TemplateStore};
 
 use std::path::PathBuf;
