@@ -2,7 +2,8 @@
 //!
 //! Files are a map, programs a handful of names: `echo`, `cat`, `big`, `bytes`, `slow`.
 
-#![allow(dead_code, refining_impl_trait, clippy::unwrap_used, missing_docs)]
+#![allow(dead_code, refining_impl_trait, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::needless_lifetimes)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;

@@ -8,6 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use percent_encoding::percent_decode_str;
 use wrenn_store::{Page, RequestHash, SandboxFilter};
 use wrenn_types::{SandboxId, SandboxState};
 
@@ -249,10 +250,15 @@ pub(super) async fn connect_v2(
     .await
 }
 
+/// The clients encode names and values once more than the form that holds them.
 fn metadata_filter(query: &Query) -> SandboxFilter {
+    let decode = |text: String| percent_decode_str(&text).decode_utf8_lossy().into_owned();
     let metadata = query.get("metadata").map(pairs).unwrap_or_default();
     SandboxFilter {
-        metadata: metadata.into_iter().collect(),
+        metadata: metadata
+            .into_iter()
+            .map(|(name, value)| (decode(name), decode(value)))
+            .collect(),
         ..SandboxFilter::default()
     }
 }
