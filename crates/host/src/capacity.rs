@@ -5,16 +5,17 @@ use std::path::Path;
 use wrenn_types::Shape;
 
 /// Memory that stays free for the host itself.
-const RESERVE: u64 = 512 << 20;
+pub const MEMORY_RESERVE: u64 = 512 << 20;
 /// What an idle machine takes of its own: the emulator's heap, its translation cache and
-/// the pages it has written since its restore (measured: 30 to 45 MiB).
-const IDLE_MACHINE: u64 = 48 << 20;
+/// the pages it has written since its restore (measured: 30 to 45 MiB; at most 50 are
+/// promised).
+pub const IDLE_MACHINE: u64 = 50 << 20;
 /// A guest may touch all its memory, but few do; so much of it is counted on admission.
-const EXPECTED_USE_PERCENT: u64 = 25;
+pub const EXPECTED_USE_PERCENT: u64 = 25;
 /// Disk that must stay free for the host to keep working.
-const DISK_RESERVE: u64 = 1 << 30;
+pub const DISK_RESERVE: u64 = 1 << 30;
 /// Disk a fresh sandbox is expected to write.
-const DISK_EACH: u64 = 128 << 20;
+pub const DISK_EACH: u64 = 128 << 20;
 
 /// Why a machine was not admitted.
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +89,7 @@ pub fn expected_use(shape: Shape) -> u64 {
 
 /// How many more machines of this shape fit.
 pub fn fits(shape: Shape, memory_available: u64, disk_available: u64) -> u64 {
-    let by_memory = memory_available.saturating_sub(RESERVE) / expected_use(shape);
+    let by_memory = memory_available.saturating_sub(MEMORY_RESERVE) / expected_use(shape);
     let by_disk = disk_available.saturating_sub(DISK_RESERVE) / DISK_EACH;
     by_memory.min(by_disk)
 }
@@ -100,7 +101,7 @@ pub fn admit(shape: Shape, data_dir: &Path) -> Result<(), CapacityError> {
         source,
     })?;
     let needed = expected_use(shape);
-    if memory.saturating_sub(RESERVE) < needed {
+    if memory.saturating_sub(MEMORY_RESERVE) < needed {
         return Err(CapacityError::Memory {
             shape,
             needed_mib: needed >> 20,
@@ -126,9 +127,9 @@ mod tests {
 
     #[test]
     fn nothing_fits_into_the_reserve() {
-        assert_eq!(fits(Shape::DEFAULT, RESERVE, u64::MAX), 0);
+        assert_eq!(fits(Shape::DEFAULT, MEMORY_RESERVE, u64::MAX), 0);
         assert_eq!(fits(Shape::DEFAULT, u64::MAX, DISK_RESERVE), 0);
-        let one = RESERVE + expected_use(Shape::DEFAULT);
+        let one = MEMORY_RESERVE + expected_use(Shape::DEFAULT);
         assert_eq!(fits(Shape::DEFAULT, one, u64::MAX), 1);
         assert_eq!(fits(Shape::DEFAULT, one - 1, u64::MAX), 0);
     }

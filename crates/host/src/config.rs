@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
 use wrenn_types::{HostId, MemoryMib, ShapeLimits, Vcpus};
 use wrenn_vmm::Accelerator;
 
@@ -35,12 +36,13 @@ impl HostConfig {
     /// The settings of `wrenn up` for a data folder.
     pub fn new(data_dir: PathBuf, host_id: HostId, keeper: (PathBuf, Vec<String>)) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let names = Names::of(&data_dir);
         HostConfig {
             data_dir,
             host_id,
             keeper,
-            network_prefix: "wrenn".to_owned(),
-            subnet: "10.212.0.0/16".to_owned(),
+            network_prefix: names.prefix,
+            subnet: names.subnet,
             // A waiting machine costs some 40 MiB and no processor time.
             pool_size: (2 * cpus).clamp(2, 16),
             accelerator: None,
@@ -49,9 +51,7 @@ impl HostConfig {
                 max_vcpus: Vcpus(cpus.max(1) as u32),
                 max_memory: MemoryMib(max_guest_memory_mib()),
             },
-            // Above what adduser, systemd's dynamic users (61184–65519) and the usual
-            // subordinate ranges (from 100000) hand out.
-            first_uid: 900_000_000,
+            first_uid: names.first_uid,
         }
     }
 
@@ -73,6 +73,43 @@ impl HostConfig {
     }
 }
 
+/// The data folder of the one server that a machine usually has.
+const DEFAULT_DATA_DIR: &str = "/var/lib/wrenn";
+/// User ids of VMs lie above what adduser, systemd's dynamic users (61184–65519) and the
+/// usual subordinate ranges (from 100000) hand out.
+const FIRST_UID: u32 = 900_000_000;
+/// Room for the slots of one agent.
+const UIDS_EACH: u32 = 10_000;
+
+/// What an agent occupies on the whole machine and not only in its data folder. Agents on
+/// other data folders (tests, a second installation) get names derived from theirs, so that
+/// they keep apart; the usual one has the usual names.
+struct Names {
+    prefix: String,
+    subnet: String,
+    first_uid: u32,
+}
+
+impl Names {
+    fn of(data_dir: &Path) -> Names {
+        if data_dir == Path::new(DEFAULT_DATA_DIR) {
+            return Names {
+                prefix: "wrenn".to_owned(),
+                subnet: "10.212.0.0/16".to_owned(),
+                first_uid: FIRST_UID,
+            };
+        }
+        let digest = Sha256::digest(data_dir.as_os_str().as_encoded_bytes());
+        // One of the 128 pieces of 4,096 addresses from 10.213.0.0 to 10.220.255.255.
+        let piece = u32::from(u16::from_be_bytes([digest[0], digest[1]])) % 128;
+        Names {
+            prefix: format!("wr{}", hex::encode(&digest[2..5])),
+            subnet: format!("10.{}.{}.0/20", 213 + piece / 16, piece % 16 * 16),
+            first_uid: FIRST_UID + UIDS_EACH * (1 + piece),
+        }
+    }
+}
+
 /// Where each VM of a data folder has its own.
 pub fn machines_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("machines")
@@ -82,4 +119,24 @@ pub fn machines_dir(data_dir: &Path) -> PathBuf {
 fn max_guest_memory_mib() -> u32 {
     let half = crate::capacity::memory_total().unwrap_or(1 << 30) / 2;
     u32::try_from(half >> 20).unwrap_or(u32::MAX) & !1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agents_on_other_folders_keep_apart() {
+        let usual = Names::of(Path::new(DEFAULT_DATA_DIR));
+        let (a, b) = (
+            Names::of(Path::new("/srv/a")),
+            Names::of(Path::new("/srv/b")),
+        );
+        assert_eq!(usual.prefix, "wrenn");
+        assert_ne!(a.prefix, b.prefix);
+        assert_ne!(a.subnet, usual.subnet);
+        assert_ne!(a.first_uid, usual.first_uid);
+        assert!(a.prefix.len() <= 9, "network links leave no more room");
+        a.subnet.parse::<wrenn_net::Ipv4Net>().unwrap();
+    }
 }

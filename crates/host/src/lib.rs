@@ -22,7 +22,7 @@
 
 mod activity;
 mod agent;
-mod capacity;
+pub mod capacity;
 mod config;
 mod guest;
 mod lifetime;

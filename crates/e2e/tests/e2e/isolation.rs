@@ -252,7 +252,7 @@ fn slot_addresses() -> Vec<Ipv4Addr> {
     let ours = names
         .iter()
         .filter_map(|one| one["name"].as_str())
-        .filter(|name| name.starts_with("wrenn-"));
+        .filter(|name| name.starts_with("wr"));
     let mut all: Vec<_> = ours
         .flat_map(|name| addresses_in(&ip(&["-json", "-netns", name, "-4", "address", "show"])))
         .collect();

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-/// `machine.json` in a machine's folder, as far as it is needed here.
+/// `vm/machine.json` in a machine's folder, as far as it is needed here.
 #[derive(Debug, Deserialize)]
 struct Machine {
     pids: Pids,
@@ -52,7 +52,8 @@ pub(super) fn find(data_dir: &Path, sandboxes: &[String]) -> io::Result<Vec<Proc
         };
         let owner: Owner = serde_json::from_slice(&owner)?;
         if sandboxes.contains(&owner.sandbox) {
-            let machine: Machine = serde_json::from_slice(&fs::read(folder.join("machine.json"))?)?;
+            let machine: Machine =
+                serde_json::from_slice(&fs::read(folder.join("vm/machine.json"))?)?;
             found.push(Processes([machine.pids.vmm.pid, machine.pids.keeper.pid]));
         }
     }
@@ -150,14 +151,14 @@ mod tests {
     fn a_machine_is_found_by_its_owner_whatever_its_folder_is_called() {
         let data = tempfile::tempdir().unwrap();
         let folder = data.path().join("machines/pool-1");
-        fs::create_dir_all(&folder).unwrap();
+        fs::create_dir_all(folder.join("vm")).unwrap();
         fs::write(
             folder.join("sandbox.json"),
             r#"{"version":1,"sandbox":"sb-1"}"#,
         )
         .unwrap();
         let machine = r#"{"version":1,"bootId":"x","pids":{"keeper":{"pid":2,"startTime":1},"vmm":{"pid":3,"startTime":1}}}"#;
-        fs::write(folder.join("machine.json"), machine).unwrap();
+        fs::write(folder.join("vm/machine.json"), machine).unwrap();
         fs::create_dir(data.path().join("machines/waiting")).unwrap();
         assert_eq!(
             find(data.path(), &["sb-1".to_owned()]).unwrap()[0].0,

@@ -3,21 +3,13 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use wrenn_host::capacity::{
+    DISK_EACH, DISK_RESERVE, EXPECTED_USE_PERCENT, IDLE_MACHINE, MEMORY_RESERVE,
+};
 use wrenn_types::Shape;
 use wrenn_vmm::probe::Limits;
 
 use crate::output::bytes;
-
-/// Memory that stays free for the host itself.
-const MEMORY_RESERVE: u64 = 512 << 20;
-/// What an idle sandbox takes of its own.
-const IDLE: u64 = 50 << 20;
-/// Share of its memory that a sandbox at work is expected to have written.
-const AT_WORK_PERCENT: u64 = 25;
-/// Disk that stays free.
-const DISK_RESERVE: u64 = 1 << 30;
-/// Disk that a sandbox is expected to write.
-const DISK_EACH: u64 = 128 << 20;
 
 /// What there is, and how many sandboxes that is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,12 +43,12 @@ impl Capacity {
 
     /// So many that mostly wait.
     fn idle(self) -> u64 {
-        self.by_memory(IDLE).min(self.by_disk())
+        self.by_memory(IDLE_MACHINE).min(self.by_disk())
     }
 
     /// So many that all work.
     fn at_work(self) -> u64 {
-        self.by_memory(IDLE + Shape::DEFAULT.memory.bytes() * AT_WORK_PERCENT / 100)
+        self.by_memory(IDLE_MACHINE + Shape::DEFAULT.memory.bytes() * EXPECTED_USE_PERCENT / 100)
             .min(self.by_disk())
     }
 
@@ -75,8 +67,8 @@ impl Capacity {
             (
                 "counted with",
                 format!(
-                    "{} each and {AT_WORK_PERCENT} % of its memory at work, {} of disk; {} and {} stay free",
-                    bytes(IDLE),
+                    "{} each and {EXPECTED_USE_PERCENT} % of its memory at work, {} of disk; {} and {} stay free",
+                    bytes(IDLE_MACHINE),
                     bytes(DISK_EACH),
                     bytes(MEMORY_RESERVE),
                     bytes(DISK_RESERVE)
@@ -106,10 +98,13 @@ mod tests {
             memory_available: memory,
             disk_free: disk,
         };
-        assert_eq!(capacity(MEMORY_RESERVE + 10 * IDLE, None).idle(), 10);
+        assert_eq!(
+            capacity(MEMORY_RESERVE + 10 * IDLE_MACHINE, None).idle(),
+            10
+        );
         assert_eq!(
             capacity(
-                MEMORY_RESERVE + 10 * IDLE,
+                MEMORY_RESERVE + 10 * IDLE_MACHINE,
                 Some(DISK_RESERVE + 3 * DISK_EACH)
             )
             .idle(),
