@@ -155,7 +155,15 @@ impl LiveMachine {
         let Some(vm) = site.vmm.adopt(&files::vm_folder(&folder)).await? else {
             return Ok(None);
         };
-        let slot = site.slots.adopt(record.slot).await?;
+        let slot = match site.slots.adopt(record.slot).await {
+            Ok(slot) => slot,
+            Err(error) => {
+                // Nobody can reach it any more, and nothing would ever end it.
+                tracing::error!(folder = %folder.display(), %error, "a machine without its network is ended");
+                vm.kill().await?;
+                return Ok(None);
+            }
+        };
         let guest = Guest::new(slot.guest());
         Ok(Some(LiveMachine {
             vm,
