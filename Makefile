@@ -11,6 +11,7 @@ FLAGS := --release --locked
 TARGET := target/x86_64-unknown-linux-gnu/release
 WRENN := $(TARGET)/wrenn
 PYTHON := target/python/installed
+NODE := target/node/installed
 
 # `make run DATA_DIR=… LISTEN=…`, and `ONCE=1` to end after the first program.
 DATA_DIR ?= /var/lib/wrenn
@@ -22,7 +23,7 @@ ifneq ($(shell id -u),0)
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help run build test test-long e2e check fmt fmt-check lint python proto guarantees deny clean
+.PHONY: help run build test test-long e2e check fmt fmt-check lint python node proto guarantees deny clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -37,13 +38,13 @@ build: ## Build `wrenn` and the programs inside it
 	$(CARGO) build $(FLAGS) --workspace --bin envd --bin wrenn-init
 	$(CARGO) build $(FLAGS) --workspace --bin wrenn
 
-test: packages-test build python fmt-check lint ## Install what tests need and run all of them, real VMs included
+test: packages-test build python node fmt-check lint ## Install what tests need and run all of them, real VMs included
 	$(CARGO) test $(FLAGS) --workspace
 
 test-long: export WRENN_TEST_LONG := 1
 test-long: test ## The same with the long forms: 1,000 cycles instead of 50, and so on
 
-e2e: build python ## Only the tests end to end (ONLY=name: those whose name has it)
+e2e: build python node ## Only the tests end to end (ONLY=name: those whose name has it)
 	$(CARGO) test $(FLAGS) --workspace --test e2e -- $(ONLY)
 
 check: fmt-check lint ## Formatting and lints, the quick half of `make test`
@@ -64,6 +65,17 @@ $(PYTHON): tests/python/requirements.txt
 	/usr/bin/python3 -m venv target/python
 	target/python/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	target/python/bin/pip check --disable-pip-version-check
+	touch $@
+
+node: $(NODE) ## Node.js and E2B's published client for it, in a folder of their own
+
+# Node.js comes as a Python package: Debian 12 has none that is new enough.
+$(NODE): tests/node/requirements.txt tests/node/package.json tests/node/package-lock.json
+	rm -rf target/node
+	/usr/bin/python3 -m venv target/node/python
+	target/node/python/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	cp tests/node/package.json tests/node/package-lock.json target/node/
+	PATH="$(CURDIR)/target/node/python/bin:$$PATH" npm ci --prefix target/node --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $@
 
 proto: packages-proto ## Renew proto/descriptors.bin from proto/**.proto
