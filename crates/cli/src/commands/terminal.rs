@@ -75,6 +75,17 @@ pub(super) fn require_terminal(instead: &str) -> Result<(), Failure> {
         .hint(instead))
 }
 
+/// Columns and rows where the terminal does not tell.
+const USUAL_SIZE: (u16, u16) = (80, 24);
+
+/// Columns and rows of our terminal. One that nobody has sized (of `script`, of a CI
+/// runner) says 0 × 0, which is no size.
+fn terminal_size() -> Option<(u16, u16)> {
+    crossterm::terminal::size()
+        .ok()
+        .filter(|(columns, rows)| *columns > 0 && *rows > 0)
+}
+
 /// Lends our terminal to `start` in sandbox `id`.
 pub(super) async fn lend(
     client: &Client,
@@ -82,7 +93,7 @@ pub(super) async fn lend(
     start: &PtyStart,
     signals: &mut Signals,
 ) -> Result<SessionEnd, Failure> {
-    let size = crossterm::terminal::size().unwrap_or((80, 24));
+    let size = terminal_size().unwrap_or(USUAL_SIZE);
     let (input, mut output) = client.pty(id, start, size).await?;
     let raw = RawMode::enter().map_err(|error| {
         Failure::message(format!("cannot set the terminal to raw mode: {error}"))
@@ -243,7 +254,7 @@ async fn carry(
                 Ok(_) | Err(_) => open = false,
             },
             _ = resized => {
-                if let Ok((columns, rows)) = crossterm::terminal::size() {
+                if let Some((columns, rows)) = terminal_size() {
                     input.resize(columns, rows).await?;
                 }
             }
