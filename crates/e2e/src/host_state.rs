@@ -7,8 +7,11 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Names of ours begin like this: namespaces, links, firewall tables.
-const PREFIX: &str = "wrenn";
+use crate::paths;
+
+/// Names of namespaces, links and firewall tables begin like this: `wrenn-…` on the usual
+/// data folder, `wr` and six digits of a digest on any other.
+const PREFIX: &str = "wr";
 
 /// Counts by kind. Which machine waits in the pool, and so every name, changes all the
 /// time; how many there are of each kind must not.
@@ -21,7 +24,7 @@ impl HostState {
         let mut state = HostState::default();
         state.count_names("namespace", Path::new("/run/netns"));
         state.count_names("link", Path::new("/sys/class/net"));
-        state.count_processes(data_dir);
+        state.count_processes();
         state.count_mounts(data_dir);
         state.count_loop_devices(data_dir);
         state.count_firewall_tables();
@@ -119,32 +122,31 @@ impl HostState {
         self.add(kind, names(folder).into_iter().filter(ours).count());
     }
 
-    /// The server, keepers and whatever a keeper started; never another server's.
-    fn count_processes(&mut self, data_dir: &Path) {
-        let data_dir = data_dir.to_string_lossy().into_owned();
+    /// The server, keepers and whatever a keeper started, known by their program's file.
+    fn count_processes(&mut self) {
+        let wrenn = paths::wrenn_binary()
+            .canonicalize()
+            .expect("the path of wrenn");
         let mut parents = Vec::new();
         let mut others = Vec::new();
         for name in names(Path::new("/proc")) {
             let Ok(pid) = name.parse::<u32>() else {
                 continue;
             };
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).replace('\0', " ");
             // A process may end while it is looked at.
             let Ok(exe) = fs::read_link(format!("/proc/{pid}/exe")) else {
                 continue;
             };
-            let program = exe
-                .file_name()
-                .unwrap_or_default()
+            // A binary that was built anew since it was started.
+            let exe = exe
                 .to_string_lossy()
-                .into_owned();
-            let program = program.trim_end_matches(" (deleted)").to_owned();
-            if program == "wrenn" && line.contains(&data_dir) {
+                .trim_end_matches(" (deleted)")
+                .to_owned();
+            if Path::new(&exe) == wrenn {
                 self.add("process wrenn", 1);
                 parents.push(pid);
             } else {
-                others.push((pid, program));
+                others.push((pid, exe.rsplit('/').next().unwrap_or_default().to_owned()));
             }
         }
         for (pid, program) in others {
@@ -305,10 +307,14 @@ mod tests {
     #[test]
     fn files_of_a_folder_are_seen() {
         let folder = tempfile::tempdir().unwrap();
-        let before = HostState::read(folder.path(), None);
         fs::create_dir_all(folder.path().join("machines/sb-0192f0c8-6a3e")).unwrap();
-        let after = HostState::read(folder.path(), None);
-        let difference = before.difference(&after);
+        fs::create_dir_all(folder.path().join("images/cache/packages")).unwrap();
+        fs::remove_dir(folder.path().join("images/cache/packages")).unwrap();
+        let (before, mut after) = (HostState::default(), HostState::default());
+        after.count_files(folder.path(), folder.path());
+        let difference = before
+            .difference(&after)
+            .replace("  file images: 0 → 1\n", "");
         assert_eq!(
             difference,
             "  file machines: 0 → 1\n  file machines/sb-*: 0 → 1\n"

@@ -41,6 +41,23 @@ impl Server {
 
     /// The same with more arguments.
     pub async fn start_with(data_dir: &Path, args: &[&str]) -> Server {
+        let mut server = Server::spawn(data_dir, args);
+        server.wait_until_ready().await;
+        // What a person waits for. That `/ready` is enough has a test of its own.
+        let start = Instant::now();
+        while !server.log().contains("wrenn is up") {
+            assert!(
+                start.elapsed() < PATIENCE_UP,
+                "`wrenn up` is not up:\n{}",
+                server.log()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        server
+    }
+
+    /// The same without waiting for anything: it may not even listen yet.
+    pub fn spawn(data_dir: &Path, args: &[&str]) -> Server {
         let address = free_address();
         let logs = paths::data_root().join("logs");
         fs::create_dir_all(&logs).expect("a folder for logs");
@@ -59,18 +76,17 @@ impl Server {
             .stdout(output.try_clone().expect("a second handle"))
             .stderr(output);
         let child = command.spawn().expect("setpriv and wrenn start");
-        let mut server = Server {
+        Server {
             child,
             data_dir: data_dir.to_owned(),
             log,
             address,
             key: String::new(),
-        };
-        server.wait_until_ready().await;
-        server
+        }
     }
 
-    async fn wait_until_ready(&mut self) {
+    /// Waits until `/ready` says so, and reads the key.
+    pub async fn wait_until_ready(&mut self) {
         let start = Instant::now();
         let anonymous = Api::new(self.address, None);
         loop {
@@ -89,7 +105,12 @@ impl Server {
             let Ok(key) = fs::read_to_string(self.data_dir.join("api-key")) else {
                 continue;
             };
-            if anonymous.get("/ready").await.status == 200 {
+            // Until it is ready it may also hang up, as it does when it ends in this moment.
+            let asked = anonymous
+                .request(reqwest::Method::GET, "/ready")
+                .send()
+                .await;
+            if asked.is_ok_and(|answer| answer.status() == 200) {
                 self.key = key.trim().to_owned();
                 return;
             }

@@ -1,5 +1,6 @@
-//! E2B's published Python client, unmodified, against our server.
+//! E2B's published clients, unmodified, against our server.
 
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::process::Command;
@@ -7,14 +8,32 @@ use wrenn_e2e::{Ran, Server, data_root, eventually, repository};
 
 pub(crate) async fn the_published_python_client_works(server: &Server) {
     let python = data_root().with_file_name("python").join("bin/python");
+    let script = repository().join("tests/python/test_e2b.py");
+    run(server, &python, "make python", &script).await;
+}
+
+pub(crate) async fn the_published_node_client_works(server: &Server) {
+    let folder = data_root().with_file_name("node");
+    let node = folder.join("python/bin/node");
+    // Node looks for packages from the script's own folder upwards.
+    let script = folder.join("test_e2b.mjs");
+    if folder.is_dir() {
+        std::fs::copy(repository().join("tests/node/test_e2b.mjs"), &script)
+            .expect("the script can be copied");
+    }
+    run(server, &node, "make node", &script).await;
+}
+
+/// Runs a script that makes a sandbox, says `ok` for each part that works, and kills it.
+async fn run(server: &Server, program: &Path, made_by: &str, script: &Path) {
     assert!(
-        python.exists(),
-        "{} is not there: `make python` makes it",
-        python.display()
+        program.exists(),
+        "{} is not there: `{made_by}` makes it",
+        program.display()
     );
-    let mut command = Command::new(python);
+    let mut command = Command::new(program);
     command
-        .arg(repository().join("tests/python/test_e2b.py"))
+        .arg(script)
         .env("E2B_API_URL", server.api().base())
         .env("E2B_SANDBOX_URL", server.api().base())
         .env("E2B_API_KEY", server.key().replacen("wrn_", "e2b_", 1))

@@ -54,7 +54,7 @@ print(json.dumps(sorted(answered)))
 
 pub(crate) async fn g35_a_guest_reaches_neither_host_nor_guest_nor_private_ranges(server: &Server) {
     let api = server.api();
-    let dummy = Dummy::with(&CLOSED);
+    let closed = Closed::with(&CLOSED);
     let host = Answering::start();
     let own = own_addresses();
     assert!(
@@ -138,7 +138,7 @@ pub(crate) async fn g35_a_guest_reaches_neither_host_nor_guest_nor_private_range
 
     api.destroy(&from).await;
     api.destroy(&other).await;
-    drop(dummy);
+    drop(closed);
 }
 
 async fn probe(server: &Server, id: &str, targets: &[(String, u16)]) -> Value {
@@ -185,19 +185,30 @@ impl Answering {
     }
 }
 
-/// An interface of the test's own with addresses from closed ranges.
-struct Dummy;
+/// An interface of the test's own with addresses from closed ranges. A veth pair, since
+/// every kernel that can run Wrenn has those.
+struct Closed;
 
-impl Dummy {
+impl Closed {
     const NAME: &str = "e2e-closed";
+    const PEER: &str = "e2e-peer";
 
     fn with(addresses: &[Ipv4Addr]) -> Self {
         // One may be left from a run that was killed.
         let _ = Command::new("ip")
             .args(["link", "delete", Self::NAME])
             .output();
-        ip(&["link", "add", Self::NAME, "type", "dummy"]);
-        let dummy = Dummy;
+        ip(&[
+            "link",
+            "add",
+            Self::NAME,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            Self::PEER,
+        ]);
+        let closed = Closed;
         for address in addresses {
             ip(&[
                 "address",
@@ -207,12 +218,13 @@ impl Dummy {
                 Self::NAME,
             ]);
         }
+        ip(&["link", "set", Self::PEER, "up"]);
         ip(&["link", "set", Self::NAME, "up"]);
-        dummy
+        closed
     }
 }
 
-impl Drop for Dummy {
+impl Drop for Closed {
     fn drop(&mut self) {
         let _ = Command::new("ip")
             .args(["link", "delete", Self::NAME])

@@ -60,13 +60,13 @@ fn shared() -> Vec<(&'static str, Shared)> {
         lifetime: g01_hanging_up_during_create_harms_nothing, g01_hanging_up_during_exec_harms_nothing,
             g09_an_unused_sandbox_expires_and_a_used_one_does_not;
         isolation: g35_a_guest_reaches_neither_host_nor_guest_nor_private_ranges;
-        e2b: the_published_python_client_works;
+        e2b: the_published_python_client_works, the_published_node_client_works;
     }
 }
 
 fn exclusive() -> Vec<(&'static str, Exclusive)> {
     tests! {
-        server: g07_the_shared_server_left_nothing;
+        server: g07_the_shared_server_left_nothing, ready_means_that_a_sandbox_can_be_made;
         bad_input: requests_are_refused_and_leave_nothing, a_command_line_is_refused_with_a_remedy,
             no_server_is_said_so, a_port_in_use_is_said_so, an_ordinary_user_is_told_to_use_root,
             a_second_server_on_one_folder_is_refused, too_little_disk_is_said_so;

@@ -14,6 +14,17 @@ pub(crate) async fn g07_the_shared_server_left_nothing(data_dir: &Path) {
     assert_eq!(machines, 0, "folders of machines that are gone");
 }
 
+/// With nothing but the image there, so that the template has to be made first.
+pub(crate) async fn ready_means_that_a_sandbox_can_be_made(data_dir: &Path) {
+    let folder = tempfile::tempdir_in(data_dir.parent().expect("a parent")).expect("a folder");
+    crate::images::copy_images(data_dir, folder.path());
+    let mut server = Server::spawn(folder.path(), &[]);
+    server.wait_until_ready().await;
+    let id = server.api().create(&json!({})).await;
+    assert_eq!(server.api().shell(&id, "echo here").await, "here\n");
+    server.destroy().await;
+}
+
 /// A sandbox with a program in it that must go on.
 struct Marked {
     id: String,
