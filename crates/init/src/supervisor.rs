@@ -1,10 +1,12 @@
 //! Second role, second half: keep envd alive, reap every orphan, power off when asked.
 
 use crate::console::log;
+use crate::keeper::Keeper;
 use crate::signals::{self, Event, Signals};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
+use rustix::process::{Pid, Rlimit, Signal, WaitOptions, WaitStatus};
 use rustix::system::RebootCommand;
+use std::io;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -17,6 +19,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A service that lived this long was healthy: its next crash counts as the first.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// An agent that has crashed so often in a row gets no process back: one of them may be why.
+const TOO_OFTEN: u32 = 4;
 /// How long programs may take to end at power-off.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -30,7 +34,7 @@ fn pause_after(crashes: u32) -> Duration {
 
 /// A program that is started again whenever it ends.
 struct Service {
-    argv: &'static [&'static str],
+    argv: Vec<String>,
     state: State,
     crashes: u32,
 }
@@ -41,19 +45,25 @@ enum State {
 }
 
 impl Service {
-    fn new(argv: &'static [&'static str]) -> Self {
+    fn new(argv: &[&str]) -> Self {
         Service {
-            argv,
+            argv: argv.iter().map(|word| (*word).to_owned()).collect(),
             state: State::Due { at: Instant::now() },
             crashes: 0,
         }
     }
 
-    fn start_if_due(&mut self, now: Instant) {
+    /// With a keeper, it gets back what its predecessor has left there.
+    fn start_if_due(
+        &mut self,
+        now: Instant,
+        keeper: Option<&mut Keeper>,
+        open_files: Option<Rlimit>,
+    ) {
         let State::Due { at } = self.state else {
             return;
         };
-        let [program, arguments @ ..] = self.argv else {
+        let [program, arguments @ ..] = self.argv.as_slice() else {
             return;
         };
         if at > now {
@@ -65,10 +75,9 @@ impl Service {
             .env_clear()
             .env("PATH", PATH)
             .env("HOME", "/root")
-            .env("LANG", "C.UTF-8");
-        let started = signals::spawn(command.current_dir("/"));
-        let pid = started.map(|child| i32::try_from(child.id()).ok().and_then(Pid::from_raw));
-        match pid {
+            .env("LANG", "C.UTF-8")
+            .current_dir("/");
+        match start(&mut command, keeper, open_files, self.crashes) {
             Ok(Some(pid)) => self.state = State::Running { pid, since: now },
             Ok(None) => log(format_args!("{program} has no process id")),
             Err(error) => {
@@ -122,6 +131,40 @@ fn describe(status: WaitStatus) -> String {
     }
 }
 
+fn start(
+    command: &mut Command,
+    keeper: Option<&mut Keeper>,
+    open_files: Option<Rlimit>,
+    crashes: u32,
+) -> io::Result<Option<Pid>> {
+    let Some(keeper) = keeper else {
+        let child = signals::spawn(command, open_files, None)?;
+        return Ok(pid_of(&child));
+    };
+    if crashes >= TOO_OFTEN && keeper.processes() > 0 {
+        let count = keeper.processes();
+        log(format_args!("{count} processes are not handed over"));
+        keeper.forget_processes();
+    }
+    let theirs = keeper.connect()?;
+    let child = signals::spawn(command, open_files, Some(&theirs))?;
+    drop(theirs);
+    keeper.hand_back();
+    Ok(pid_of(&child))
+}
+
+fn pid_of(child: &std::process::Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
+}
+
+/// The services of this system; the first is the agent, whose processes are kept.
+struct Supervisor {
+    signals: Signals,
+    services: Vec<Service>,
+    keeper: Keeper,
+    open_files: Option<Rlimit>,
+}
+
 /// Runs for as long as the guest does.
 pub fn run() {
     let signals = match Signals::block() {
@@ -135,37 +178,81 @@ pub fn run() {
     if let Err(error) = rustix::system::reboot(RebootCommand::CadOff) {
         log(format_args!("cannot take over Ctrl-Alt-Del: {error}"));
     }
+    let open_files = signals::raise_open_files()
+        .inspect_err(|error| {
+            log(format_args!(
+                "cannot raise the limit of open files: {error}"
+            ))
+        })
+        .ok();
     let mut services = vec![Service::new(&["/usr/bin/envd"])];
     // KVM's clock as a PTP device; emulated machines have none and their clock is set when
     // they are restored (G24).
     if Path::new("/dev/ptp0").exists() {
         services.push(Service::new(&["/usr/sbin/chronyd", "-n"]));
     }
-    loop {
-        let now = Instant::now();
-        services
-            .iter_mut()
-            .for_each(|service| service.start_if_due(now));
-        let pause = services
-            .iter()
-            .filter_map(|service| service.due_in(now))
-            .min();
-        match signals.wait(pause) {
-            Event::Child => reap(&mut services),
-            Event::Timeout => {}
-            Event::PowerOff => break,
-        }
-    }
-    power_off(&signals);
+    let mut supervisor = Supervisor {
+        signals,
+        services,
+        keeper: Keeper::default(),
+        open_files,
+    };
+    supervisor.serve();
+    power_off(&supervisor.signals);
 }
 
-/// Collects every child that has ended: signals merge, so one may stand for several.
-fn reap(services: &mut [Service]) {
-    while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-        let now = Instant::now();
-        for service in services.iter_mut() {
-            if service.ended(pid, status, now) {
-                break;
+/// Outside a guest, for development and tests: keeps the agent `argv` alive and adopts its
+/// orphans as process 1 does, until SIGTERM, which ends the agent too.
+///
+/// # Errors
+/// This process cannot become the one that orphans go to.
+pub fn supervise(argv: &[&str]) -> io::Result<()> {
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+    let mut supervisor = Supervisor {
+        signals: Signals::block()?,
+        services: vec![Service::new(argv)],
+        keeper: Keeper::default(),
+        open_files: None,
+    };
+    supervisor.serve();
+    for service in &supervisor.services {
+        if let State::Running { pid, .. } = service.state {
+            rustix::process::kill_process(pid, Signal::TERM)?;
+        }
+    }
+    Ok(())
+}
+
+impl Supervisor {
+    /// Until the system is to end.
+    fn serve(&mut self) {
+        loop {
+            let now = Instant::now();
+            let mut keeper = Some(&mut self.keeper);
+            for service in &mut self.services {
+                service.start_if_due(now, keeper.take(), self.open_files);
+            }
+            let due = self.services.iter().filter_map(|s| s.due_in(now)).min();
+            match self.signals.wait(due, self.keeper.socket()) {
+                Event::Child => {
+                    // Who is to be kept may have been told by an agent that is among the dead.
+                    self.keeper.take();
+                    self.reap();
+                }
+                Event::Message => self.keeper.take(),
+                Event::Timeout => {}
+                Event::PowerOff => return,
+            }
+        }
+    }
+
+    /// Collects every child that has ended: signals merge, so one may stand for several.
+    fn reap(&mut self) {
+        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+            let now = Instant::now();
+            if !self.services.iter_mut().any(|s| s.ended(pid, status, now)) {
+                self.keeper
+                    .ended(pid.as_raw_nonzero().get().unsigned_abs(), status);
             }
         }
     }
@@ -180,7 +267,7 @@ fn power_off(signals: &Signals) {
         if left.is_zero() {
             break;
         }
-        signals.wait(Some(left));
+        signals.wait(Some(left), None);
     }
     signal_all(Signal::KILL);
     rustix::fs::sync();
@@ -254,7 +341,7 @@ mod tests {
     fn g34_a_service_that_crashed_is_started_again() {
         let mut service = Service::new(&["/bin/false"]);
         let start = Instant::now();
-        service.start_if_due(start);
+        service.start_if_due(start, None, None);
         let State::Running { pid, .. } = service.state else {
             panic!("not started")
         };
@@ -263,7 +350,7 @@ mod tests {
             .unwrap();
         assert!(service.ended(pid, status, start));
         assert_eq!(service.due_in(start), Some(FIRST_PAUSE));
-        service.start_if_due(start + FIRST_PAUSE);
+        service.start_if_due(start + FIRST_PAUSE, None, None);
         let State::Running { pid: second, .. } = service.state else {
             panic!("not started again")
         };
@@ -276,7 +363,7 @@ mod tests {
         let mut service = Service::new(&["/bin/true"]);
         service.crashes = 7;
         let start = Instant::now();
-        service.start_if_due(start);
+        service.start_if_due(start, None, None);
         let State::Running { pid, .. } = service.state else {
             panic!("not started")
         };
@@ -291,7 +378,7 @@ mod tests {
     fn a_program_that_is_missing_is_tried_again_later() {
         let mut service = Service::new(&["/nonexistent/program"]);
         let start = Instant::now();
-        service.start_if_due(start);
+        service.start_if_due(start, None, None);
         assert_eq!(service.due_in(start), Some(FIRST_PAUSE));
     }
 }
