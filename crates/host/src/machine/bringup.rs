@@ -12,8 +12,8 @@ use wrenn_image::Image;
 use wrenn_net::Slot;
 use wrenn_types::{AccessToken, Shape};
 use wrenn_vmm::{
-    BootFiles, BootSpec, DiskChain, IDENTITY_BYTES, Machine, MachineSpec, MemoryFile, RestoreSpec,
-    VmmError, create_overlay,
+    Accelerator, BootFiles, BootSpec, DiskChain, IDENTITY_BYTES, Machine, MachineSpec, MemoryFile,
+    RestoreSpec, VmmError, create_overlay,
 };
 
 use super::{
@@ -175,7 +175,7 @@ pub async fn restore(
             path: template.state(),
             source,
         })?;
-        let boot = boot_files(&template.image, manifest.tsc_khz);
+        let boot = boot_files(&template.image, manifest.cmdline.clone());
         let machine = ground.spec(manifest.shape, boot, disk, channel).await?;
         phases.note("prepare", &mut clock);
         let memory = template.memory.clone();
@@ -212,11 +212,20 @@ pub async fn restore(
     }
 }
 
-fn boot_files(image: &Image, tsc_khz: u32) -> BootFiles {
+/// The command line of a kernel that boots on this host.
+pub fn kernel_command_line(site: &Site) -> String {
+    let fingerprint = &site.vmm.info().fingerprint;
+    match fingerprint.accelerator {
+        Accelerator::Tcg => wrenn_image::kernel_command_line(fingerprint.tsc_khz),
+        Accelerator::Kvm => wrenn_image::kernel_command_line_kvm(),
+    }
+}
+
+fn boot_files(image: &Image, cmdline: String) -> BootFiles {
     BootFiles {
         kernel: image.vmlinuz(),
         initramfs: image.initramfs(),
-        cmdline: wrenn_image::kernel_command_line(tsc_khz),
+        cmdline,
     }
 }
 
@@ -275,7 +284,7 @@ pub async fn boot_for_template(
             layers: Vec::new(),
             top: disk.to_owned(),
         };
-        let boot = boot_files(image, site.vmm.info().fingerprint.tsc_khz);
+        let boot = boot_files(image, kernel_command_line(site));
         let machine = ground.spec(shape, boot, chain, channel).await?;
         let memory = Arc::new(MemoryFile::create(shape.memory.bytes()).map_err(VmmError::from)?);
         let vm = site

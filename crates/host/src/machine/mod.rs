@@ -5,7 +5,9 @@ mod bringup;
 mod files;
 mod sweep;
 
-pub use bringup::{BootedMachine, boot_for_template, disk_bytes, new_restore_id, restore};
+pub use bringup::{
+    BootedMachine, boot_for_template, disk_bytes, kernel_command_line, new_restore_id, restore,
+};
 pub use files::{read_json, remove_folder, write_json};
 pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
 

@@ -16,7 +16,9 @@ use super::TemplateError;
 use super::store::{DISK, MANIFEST, MEMORY, Manifest, MemoryDigest, STATE, VERSION, file_digest};
 use crate::activity::unix_ms;
 use crate::guest::{Guest, GuestError, Identity, as_user, chain};
-use crate::machine::{BootedMachine, Site, boot_for_template, disk_bytes, write_json};
+use crate::machine::{
+    BootedMachine, Site, boot_for_template, disk_bytes, kernel_command_line, write_json,
+};
 
 /// From the start of the VMM until the guest agent has run its hook, on the reference
 /// machine: it takes 4 to 6 s there.
@@ -126,7 +128,7 @@ pub async fn freeze(
         image: image.digest().to_string(),
         shape,
         disk_bytes: disk_bytes(image),
-        tsc_khz: site.vmm.info().fingerprint.tsc_khz,
+        cmdline: kernel_command_line(site),
         fingerprint: site.vmm.info().fingerprint.clone(),
         envd_version: crate::guest::ENVD_VERSION.to_owned(),
         cold_boot_ms: u64::try_from(cold_boot.as_millis()).unwrap_or(u64::MAX),

@@ -22,7 +22,7 @@ use wrenn_types::Shape;
 use wrenn_vmm::{Digest, Fingerprint, SealedMemory};
 
 use super::{TemplateError, freeze};
-use crate::machine::{Site, read_json};
+use crate::machine::{Site, kernel_command_line, read_json};
 
 /// Version of the manifest's form.
 pub(super) const VERSION: u32 = 1;
@@ -47,8 +47,8 @@ pub struct Manifest {
     pub shape: Shape,
     /// Size of the guest's disk.
     pub disk_bytes: u64,
-    /// The guest's time stamp counter, part of its kernel command line.
-    pub tsc_khz: u32,
+    /// The command line its kernel was booted with.
+    pub cmdline: String,
     /// What a restore depends on.
     pub fingerprint: Fingerprint,
     /// The guest agent's version as E2B's clients read it.
@@ -220,6 +220,9 @@ impl TemplateStore {
             if manifest.image != image.digest().to_string() || manifest.shape != shape {
                 continue;
             }
+            if without_clock(&manifest.cmdline) != without_clock(&kernel_command_line(site)) {
+                continue;
+            }
             if let Err(differences) = here.accepts(&manifest.fingerprint) {
                 tracing::info!(folder = %folder.display(), %differences, "a template is passed over");
                 continue;
@@ -277,6 +280,15 @@ fn canonical(name: &str) -> &str {
     }
 }
 
+/// A kernel command line without the rate of the host's clock, which is measured anew at
+/// each start and compared, with its tolerance, as part of the fingerprint.
+fn without_clock(cmdline: &str) -> Vec<&str> {
+    let words = cmdline.split_ascii_whitespace();
+    words
+        .filter(|word| !word.starts_with("tsc_early_khz="))
+        .collect()
+}
+
 fn folders(dir: &Path) -> Result<Vec<PathBuf>, TemplateError> {
     let read = || -> std::io::Result<Vec<PathBuf>> {
         let mut folders = Vec::new();
@@ -330,6 +342,15 @@ pub(super) fn file_digest(path: &Path) -> std::io::Result<Digest> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_measurement_of_the_clock_is_no_other_command_line() {
+        assert_eq!(
+            without_clock("a tsc_early_khz=1 b"),
+            without_clock("a tsc_early_khz=2 b")
+        );
+        assert_ne!(without_clock("a b"), without_clock("a"));
+    }
 
     #[test]
     fn published_clients_names_mean_minimal() {
