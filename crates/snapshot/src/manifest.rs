@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use wrenn_types::Shape;
 
 use crate::map::PageCounts;
+use crate::page::MAX_PAGES;
 use crate::{BaseId, Digest, Fault, ObjectId, Result, SnapshotError, SnapshotId};
 
 /// First word of the file.
@@ -266,7 +267,7 @@ impl Manifest {
             .inherited
             .checked_add(counts.zero)
             .and_then(|sum| sum.checked_add(counts.data));
-        if pages == 0 || sum != Some(pages) {
+        if pages == 0 || pages > MAX_PAGES || sum != Some(pages) {
             return Err(Fault::at(0, "pages that do not add up to the memory"));
         }
         if memory.index.bytes > crate::index::largest(pages) {

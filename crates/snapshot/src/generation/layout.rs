@@ -350,6 +350,9 @@ mod tests {
     #[test]
     fn the_format_is_the_documented_one() {
         let (_, _, id) = sample(20).to_bytes();
-        assert_eq!(id.to_string(), "ab9f1a23cadeba599fec54d362c2644694913ac4a860ca21aae909282e12ceb7");
+        assert_eq!(
+            id.to_string(),
+            "ab9f1a23cadeba599fec54d362c2644694913ac4a860ca21aae909282e12ceb7"
+        );
     }
 }

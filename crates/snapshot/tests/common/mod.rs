@@ -16,7 +16,7 @@ pub fn description(created: u64) -> Description {
         created_unix_ms: created,
         shape: Shape {
             vcpus: Vcpus(1),
-            memory: MemoryMib((PAGES * PAGE as u64 >> 20) as u32),
+            memory: MemoryMib(((PAGES * PAGE as u64) >> 20) as u32),
         },
         origin: Origin {
             template: Some("sha256-template".into()),
