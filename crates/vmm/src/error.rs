@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::delta::DeltaError;
 use crate::machine::ExitReason;
 use crate::memory::MemoryError;
 use crate::qmp::QmpError;
@@ -82,6 +83,23 @@ pub enum VmmError {
         /// `loaded` or `saved`.
         doing: &'static str,
         /// The monitor's words.
+        why: String,
+    },
+    /// What a machine changed could not be read, or be brought into another.
+    #[error("the machine's changes could not be {doing}")]
+    Delta {
+        /// `read` or `brought in`.
+        doing: &'static str,
+        /// The cause.
+        #[source]
+        source: DeltaError,
+    },
+    /// The machine's disk could not get a new layer.
+    #[error("the machine's disk could not be switched to {path}: {why}")]
+    DiskLayer {
+        /// The new layer.
+        path: PathBuf,
+        /// Why, and what the disk is now.
         why: String,
     },
     /// The machine does not die.

@@ -2,7 +2,8 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -46,7 +47,7 @@ pub(crate) fn time_stamp_counter() -> u64 {
 
 /// What KVM said when it was asked to make a machine with one processor.
 pub(crate) fn kvm_create_machine(kvm: &OwnedFd) -> io::Result<()> {
-    use std::os::fd::{AsRawFd, FromRawFd};
+    use std::os::fd::FromRawFd;
     const KVM_GET_API_VERSION: libc::c_ulong = 0xAE00;
     const KVM_CREATE_VM: libc::c_ulong = 0xAE01;
     const KVM_CREATE_VCPU: libc::c_ulong = 0xAE41;
@@ -79,12 +80,12 @@ pub(crate) fn userfaultfd() -> io::Result<()> {
     Ok(())
 }
 
+/// `_IOWR('f', 16, struct pm_scan_arg)`, whose size is 96 bytes.
+const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
+
 /// Whether the kernel knows the `PAGEMAP_SCAN` request (Linux 6.7): an argument of no
 /// length is `EINVAL` there and an unknown request `ENOTTY` before.
 pub(crate) fn knows_pagemap_scan(pagemap: &impl AsFd) -> bool {
-    use std::os::fd::AsRawFd;
-    /// `_IOWR('f', 16, struct pm_scan_arg)`, whose size is 96 bytes.
-    const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
     let mut argument = [0u64; 12];
     // SAFETY: the kernel reads and writes at most the 96 bytes of `argument`.
     let result = unsafe {
@@ -95,6 +96,77 @@ pub(crate) fn knows_pagemap_scan(pagemap: &impl AsFd) -> bool {
         )
     };
     result == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
+}
+
+/// Consecutive addresses whose pages are alike; `struct page_region` of `linux/fs.h`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct PagemapRegion {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    categories: u64,
+}
+
+/// Finds pages in a private file mapping that are present or swapped out and no longer the
+/// file's, and tells how many regions of them it found and up to which address it looked:
+/// less than the whole when `regions` is full.
+pub(crate) fn scan_written(
+    pagemap: &impl AsFd,
+    addresses: Range<u64>,
+    regions: &mut [PagemapRegion],
+) -> io::Result<(usize, u64)> {
+    const FILE: u64 = 1 << 2;
+    const PRESENT: u64 = 1 << 3;
+    const SWAPPED: u64 = 1 << 4;
+    /// Index of `walk_end`.
+    const WALK_END: usize = 4;
+    // `struct pm_scan_arg`: size, flags, start, end, walk_end, vec, vec_len, max_pages,
+    // category_inverted, category_mask, category_anyof_mask, return_mask.
+    let mut argument: [u64; 12] = [
+        96,
+        0,
+        addresses.start,
+        addresses.end,
+        0,
+        regions.as_mut_ptr() as u64,
+        regions.len() as u64,
+        0,
+        FILE,
+        FILE,
+        PRESENT | SWAPPED,
+        PRESENT | SWAPPED,
+    ];
+    // SAFETY: the kernel reads and writes the 96 bytes of `argument`, and writes at most
+    // `regions.len()` regions, of the layout it documents, to `regions`, which is borrowed
+    // for the call.
+    let found = unsafe {
+        libc::ioctl(
+            pagemap.as_fd().as_raw_fd(),
+            PAGEMAP_SCAN,
+            argument.as_mut_ptr(),
+        )
+    };
+    let found = usize::try_from(found).map_err(|_| io::Error::last_os_error())?;
+    Ok((found.min(regions.len()), argument[WALK_END]))
+}
+
+/// Maps a file privately, for good.
+#[cfg(test)]
+pub(crate) fn map_privately(file: &OwnedFd, bytes: usize) -> io::Result<()> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap};
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice; nobody gets a pointer.
+    unsafe {
+        mmap(
+            std::ptr::null_mut(),
+            bytes,
+            access,
+            MapFlags::PRIVATE,
+            file,
+            0,
+        )
+    }?;
+    Ok(())
 }
 
 /// A descriptor whose readability can be awaited.

@@ -11,14 +11,25 @@
 //!                    └──────── loaded, stopped ◀────────────────────────────────────┘
 //! ```
 //!
+//! A clone is saved as its [`delta`](SavedDelta) against the template, and lives on:
+//!
+//! ```text
+//!          restore (+ delta)            save_delta
+//!   ───────────────▶ running ─ stop ─▶ stopped ───▶ state, firmware, changed pages
+//!                       ▲                 │ switch_disk_layer: the old layer is frozen too
+//!                       └──── resume ─────┘
+//! ```
+//!
 //! Dropping a [`Machine`] handle never ends the machine: each runs in a session of its own
 //! under a [`keeper`], and [`Vmm::adopt`] finds it again. Only [`Machine::kill`], the guest,
 //! or the death of the keeper ends it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod delta;
 mod digest;
 mod error;
+mod guest_memory;
 mod info;
 pub mod keeper;
 mod kernel;
@@ -30,6 +41,10 @@ mod qcow2;
 mod qemu;
 mod qmp;
 
+pub use delta::{
+    ChangedPages, Delta, DeltaError, DeltaPages, FIRMWARE_BYTES, Firmware, PageBuffer, PageRange,
+    Run, SaveTimes, SavedDelta,
+};
 pub use digest::Digest;
 pub use error::VmmError;
 pub use info::{Accelerator, Fingerprint, Incompatible, VmmInfo};
@@ -40,4 +55,4 @@ pub use machine::{
 };
 pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
 pub use qcow2::{OverlayError, create_overlay};
-pub use qemu::{QemuConfig, QemuVmm};
+pub use qemu::{QemuConfig, QemuVmm, state_file};

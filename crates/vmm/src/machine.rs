@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use wrenn_types::Shape;
 
-use crate::{MemoryFile, SealedMemory, VmmError, VmmInfo};
+use crate::{Delta, MemoryFile, SavedDelta, SealedMemory, VmmError, VmmInfo};
 
 /// Length of the identity page given to each machine through `fw_cfg`. Fixed, since a
 /// restored guest keeps the length it saw at boot.
@@ -32,6 +32,14 @@ pub trait Vmm: Send + Sync {
     /// starts it.
     async fn restore(&self, spec: RestoreSpec) -> Result<Arc<dyn Machine>, VmmError>;
 
+    /// Loads a machine that [`Machine::save_delta`] saved: `spec.memory` is the memory of the
+    /// template it came from and `spec.state` the state then. Stopped when this returns.
+    async fn restore_delta(
+        &self,
+        spec: RestoreSpec,
+        delta: Delta,
+    ) -> Result<Arc<dyn Machine>, VmmError>;
+
     /// Takes over the machine that an earlier agent left running in folder `dir`; `None`
     /// when there is none, or it is dead.
     async fn adopt(&self, dir: &Path) -> Result<Option<Arc<dyn Machine>>, VmmError>;
@@ -49,6 +57,22 @@ pub trait Machine: Send + Sync {
     /// Stops the machine if it runs and writes all of its state but the memory to `out`.
     /// It cannot be resumed afterwards: [`Machine::kill`] it and seal its memory.
     async fn save_state(&self, out: File) -> Result<SavedState, VmmError>;
+
+    /// Stops a restored machine if it runs, and saves all that it has changed since the
+    /// template. It stays stopped: read the pages, then [`Machine::resume`] or
+    /// [`Machine::kill`] it. It can be saved any number of times, and goes on unchanged if
+    /// saving fails.
+    async fn save_delta(&self) -> Result<SavedDelta, VmmError>;
+
+    /// Puts the empty layer `top` (see [`crate::create_overlay`]) on the disk, so that the
+    /// layer written so far never changes again and others may build on it. It works on a
+    /// running machine, and belongs between [`Machine::save_delta`] and
+    /// [`Machine::resume`] when disk and memory shall be of one moment.
+    ///
+    /// All of the old layer has been handed to the host's kernel when this returns; that it
+    /// reaches the platter is left to the caller's `fsync` of its file. If this fails before
+    /// the switch the disk is as before.
+    async fn switch_disk_layer(&self, top: &Path) -> Result<(), VmmError>;
 
     /// Whether the processors run, as last reported by the monitor.
     fn run_state(&self) -> watch::Receiver<RunState>;
@@ -148,7 +172,9 @@ pub struct RestoreSpec {
     pub machine: MachineSpec,
     /// The memory at the save, mapped privately.
     pub memory: Arc<SealedMemory>,
-    /// The state that [`Machine::save_state`] wrote, open for reading at its start.
+    /// The state that [`Machine::save_state`] wrote, open for reading at its start; with
+    /// [`Vmm::restore_delta`] that of [`Machine::save_delta`], as from
+    /// [`crate::state_file`].
     pub state: File,
 }
 

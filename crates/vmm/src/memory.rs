@@ -21,10 +21,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use sha2::{Digest as _, Sha256};
 
-use crate::Digest;
+use crate::{Digest, PageRange};
 
 /// Granularity at which zeros are told from data: a page.
-const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
+
+/// What guest memory is called in a monitor's list of mappings, memfd_create(2).
+pub(crate) const MEMORY_NAME: &str = "wrenn-memory";
 
 /// How much is read at once: large enough that system calls cost nothing, small enough for
 /// the processor's cache.
@@ -101,11 +104,9 @@ impl MemoryFile {
                 source: source.into(),
             }
         };
-        let fd = rustix::fs::memfd_create(
-            "wrenn-memory",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-        )
-        .map_err(failed("create"))?;
+        let fd =
+            rustix::fs::memfd_create(MEMORY_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+                .map_err(failed("create"))?;
         rustix::fs::ftruncate(&fd, bytes).map_err(failed("size"))?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK)
             .map_err(failed("fix the size of"))?;
@@ -118,6 +119,14 @@ impl MemoryFile {
     /// Size in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    #[cfg(test)]
+    pub(crate) fn write_for_tests(&self, content: &[u8]) {
+        let pages = content.chunks(PAGE).enumerate();
+        for (index, page) in pages.filter(|(_, page)| !is_zero(page)) {
+            self.file.write_all_at(page, (index * PAGE) as u64).unwrap();
+        }
     }
 
     /// Makes the memory immutable for good. All machines in it must have been killed; a
@@ -180,6 +189,45 @@ impl SealedMemory {
     /// A descriptor of its own for a machine.
     pub(crate) fn share(&self) -> io::Result<OwnedFd> {
         self.file.as_fd().try_clone_to_owned()
+    }
+
+    /// Fills `into` with the content from byte `offset` on.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        self.file
+            .read_exact_at(into, offset)
+            .map_err(|source| self.unreadable(source))
+    }
+
+    /// The parts of `range` that may hold something else than zeros.
+    pub(crate) fn data_in(&self, range: PageRange) -> Result<Vec<PageRange>, MemoryError> {
+        let page = PAGE as u64;
+        let end = (range.end() * page).min(self.bytes);
+        let mut parts = Vec::new();
+        let mut at = range.first * page;
+        while at < end {
+            let data = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(data) if data < end => data,
+                Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+                Err(error) => return Err(self.unreadable(error.into())),
+            };
+            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(data))
+                .map_err(|error| self.unreadable(error.into()))?;
+            at = hole.next_multiple_of(page).min(end);
+            let first = data / page;
+            parts.push(PageRange {
+                first,
+                count: at / page - first,
+            });
+        }
+        Ok(parts)
+    }
+
+    fn unreadable(&self, source: io::Error) -> MemoryError {
+        MemoryError::Memfd {
+            doing: "read",
+            bytes: self.bytes,
+            source,
+        }
     }
 
     /// Digest of the content: SHA-256 over the size and then, for each longest run of pages
@@ -306,7 +354,7 @@ fn for_data_runs(
 }
 
 /// Whether all bytes are zero, in blocks that the compiler turns into vector instructions.
-fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes
         .chunks(256)
         .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
@@ -405,6 +453,25 @@ mod tests {
         );
         assert_eq!(sealed.digest().unwrap(), before);
         assert_eq!(before.data_bytes, 4096);
+    }
+
+    #[test]
+    fn data_is_found_between_holes() {
+        let content = [2, 3, 9, 20].map(|page| (page, 1));
+        let sealed = filled(64, &BTreeMap::from(content)).seal().unwrap();
+        let data = |first, count| {
+            let found = sealed.data_in(PageRange { first, count }).unwrap();
+            let pages = found.iter().map(|part| (part.first, part.count));
+            pages.collect::<Vec<_>>()
+        };
+        assert_eq!(data(0, 64), [(2, 2), (9, 1), (20, 1)]);
+        assert_eq!(data(3, 7), [(3, 1), (9, 1)]);
+        assert_eq!(data(10, 10), []);
+        assert_eq!(data(21, 43), []);
+        let mut page = [0; PAGE];
+        sealed.read_at(9 * PAGE as u64, &mut page).unwrap();
+        assert_eq!(page, [1; PAGE]);
+        assert!(sealed.read_at(63 * PAGE as u64 + 1, &mut page).is_err());
     }
 
     #[test]

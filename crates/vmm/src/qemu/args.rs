@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use wrenn_types::Shape;
 
+use super::save::TRANSIENT;
 use crate::Accelerator;
 use crate::keeper::{FIRST_FD, SERIAL_FD};
 
@@ -64,7 +65,9 @@ impl Number {
 pub(super) struct Image {
     pub(super) fd: Number,
     pub(super) format: Format,
-    pub(super) writable: bool,
+    /// For the top, which is writable: the same file, opened for reading only. QEMU takes
+    /// it up when the layer is frozen.
+    pub(super) spare: Option<Number>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -173,31 +176,57 @@ impl Plan<'_> {
     fn disk_args(&self, args: &mut Args) {
         let top = self.disk.len().saturating_sub(1);
         for (level, image) in self.disk.iter().enumerate() {
-            args.put("-add-fd", format!("fd={0},set={0}", image.fd.0));
-            let mut node = json!({
-                "node-name": format!("disk{level}"),
-                "driver": match image.format { Format::Raw => "raw", Format::Qcow2 => "qcow2" },
-                "read-only": !image.writable,
-                // A running machine does not survive the host, so its flushes need not reach
-                // the platter; a pause syncs the layer itself.
-                "cache": { "direct": false, "no-flush": true },
-                "discard": "ignore",
-                "file": {
-                    "driver": "file",
-                    "filename": format!("/dev/fdset/{}", image.fd.0),
-                    "read-only": !image.writable,
-                    "cache": { "direct": false, "no-flush": true },
-                    "aio": "threads",
-                    "discard": "ignore",
-                },
-            });
+            let set = image.fd.0;
+            match image.spare {
+                None => args.put("-add-fd", format!("fd={set},set={set}")),
+                Some(spare) => {
+                    args.put("-add-fd", format!("fd={set},set={set},opaque={TRANSIENT}"));
+                    args.put("-add-fd", format!("fd={},set={set},opaque=spare", spare.0));
+                }
+            }
+            let mut node = disk_node(level, image.format, set, image.spare.is_some());
             if level > 0 {
-                node["backing"] = json!(format!("disk{}", level - 1));
+                node["backing"] = json!(disk_name(level - 1));
             }
             args.put("-blockdev", node.to_string());
         }
-        args.put("-device", format!("virtio-blk-device,drive=disk{top}"));
+        args.put(
+            "-device",
+            format!("virtio-blk-device,drive={}", disk_name(top)),
+        );
     }
+}
+
+/// Name of a layer's node in QEMU, from 0 for the base.
+pub(super) fn disk_name(level: usize) -> String {
+    format!("disk{level}")
+}
+
+/// An image as QEMU's block layer takes it, opened from a set of descriptors.
+pub(super) fn disk_node(
+    level: usize,
+    format: Format,
+    set: impl std::fmt::Display,
+    writable: bool,
+) -> Value {
+    json!({
+        "node-name": disk_name(level),
+        "driver": match format { Format::Raw => "raw", Format::Qcow2 => "qcow2" },
+        "read-only": !writable,
+        // A running machine does not survive the host, so its flushes need not reach
+        // the platter; a pause syncs the layer itself.
+        "cache": { "direct": false, "no-flush": true },
+        "discard": "ignore",
+        // Without an access of its own, so that it follows when the image becomes
+        // read-only.
+        "file": {
+            "driver": "file",
+            "filename": format!("/dev/fdset/{set}"),
+            "cache": { "direct": false, "no-flush": true },
+            "aio": "threads",
+            "discard": "ignore",
+        },
+    })
 }
 
 #[derive(Default)]
@@ -221,10 +250,10 @@ mod tests {
     use super::*;
 
     fn plan(start: Start) -> Vec<String> {
-        let image = |fd, format, writable| Image {
+        let image = |fd, format, spare: Option<i32>| Image {
             fd: Number(fd),
             format,
-            writable,
+            spare: spare.map(Number),
         };
         Plan {
             accelerator: Accelerator::Tcg,
@@ -237,9 +266,9 @@ mod tests {
             identity: Number(7),
             control: Number(8),
             disk: &[
-                image(9, Format::Raw, false),
-                image(10, Format::Qcow2, false),
-                image(11, Format::Qcow2, true),
+                image(9, Format::Raw, None),
+                image(10, Format::Qcow2, None),
+                image(11, Format::Qcow2, Some(13)),
             ],
             network: Some((Number(12), [2, 0xfc, 0, 0, 0, 5])),
         }
@@ -281,7 +310,8 @@ mod tests {
     fn only_the_top_of_the_disk_is_writable() {
         let text = plan(Start::Cold).join(" ");
         assert_eq!(text.matches(r#""node-name":"disk"#).count(), 3);
-        assert_eq!(text.matches(r#""read-only":false"#).count(), 2);
+        assert_eq!(text.matches(r#""read-only":false"#).count(), 1);
+        assert!(text.contains("fd=11,set=11,opaque=transient -add-fd fd=13,set=11,opaque=spare"));
         assert!(text.contains(r#""backing":"disk1""#) && text.contains("drive=disk2"));
         assert!(!plan(Start::Cold).contains(&"-incoming".to_string()));
     }

@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::QemuVmm;
-use super::args::{Descriptors, Format, Image, Number, Plan, Start};
+use super::args::{Descriptors, Format, Image, Plan, Start};
 use super::machine::QemuMachine;
 use super::record::{CONSOLE, CONTROL, EXIT, Record};
 use crate::keeper::{Channel, Commit, Launcher, Orders, Report};
@@ -199,9 +199,8 @@ fn new_file(dir: &Path, name: &str) -> Result<File, VmmError> {
 }
 
 fn open_disk(disk: &DiskChain, fds: &mut Descriptors) -> Result<Vec<Image>, VmmError> {
-    let mut images = Vec::with_capacity(disk.layers.len() + 2);
-    let mut open = |path: &Path, format, writable| {
-        let file = OpenOptions::new()
+    let open = |path: &Path, writable| {
+        OpenOptions::new()
             .read(true)
             .write(writable)
             .open(path)
@@ -209,20 +208,26 @@ fn open_disk(disk: &DiskChain, fds: &mut Descriptors) -> Result<Vec<Image>, VmmE
                 what: "cannot open the disk",
                 path: path.to_owned(),
                 source,
-            })?;
-        let fd: Number = fds.add(file);
-        images.push(Image {
-            fd,
-            format,
-            writable,
-        });
-        Ok::<(), VmmError>(())
+            })
     };
-    open(&disk.base, Format::Raw, false)?;
+    let mut images = Vec::with_capacity(disk.layers.len() + 2);
+    images.push(Image {
+        fd: fds.add(open(&disk.base, false)?),
+        format: Format::Raw,
+        spare: None,
+    });
     for layer in &disk.layers {
-        open(layer, Format::Qcow2, false)?;
+        images.push(Image {
+            fd: fds.add(open(layer, false)?),
+            format: Format::Qcow2,
+            spare: None,
+        });
     }
-    open(&disk.top, Format::Qcow2, true)?;
+    images.push(Image {
+        fd: fds.add(open(&disk.top, true)?),
+        format: Format::Qcow2,
+        spare: Some(fds.add(open(&disk.top, false)?)),
+    });
     Ok(images)
 }
 
@@ -248,7 +253,7 @@ fn copy_to_memfd(path: &Path) -> Result<OwnedFd, VmmError> {
     })
 }
 
-fn new_memfd(name: &str) -> io::Result<File> {
+pub(super) fn new_memfd(name: &str) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     Ok(File::from(rustix::fs::memfd_create(name, flags)?))
 }

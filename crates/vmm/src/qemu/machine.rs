@@ -22,7 +22,7 @@ use crate::machine::{
 };
 use crate::process::{Watched, boot_id, private_bytes};
 use crate::qmp::{Migration, Qmp, QmpError};
-use crate::{Machine, VmmError};
+use crate::{Machine, SavedDelta, VmmError};
 
 /// How long a process may take to vanish after SIGKILL: its memory is taken down first.
 const DEATH_PATIENCE: Duration = Duration::from_secs(20);
@@ -45,6 +45,8 @@ pub(super) struct QemuMachine {
     exited: watch::Receiver<Option<ExitReason>>,
     _watcher: Watcher,
     patience: Duration,
+    /// QEMU may hold descriptors that it needs no more.
+    transients: AtomicBool,
 }
 
 struct Processes {
@@ -109,6 +111,7 @@ impl QemuMachine {
                 exited,
                 _watcher: watcher,
                 patience,
+                transients: AtomicBool::new(false),
             }),
             Err(source) => {
                 let killed = processes.vmm.kill();
@@ -172,7 +175,7 @@ impl QemuMachine {
         }
         let watcher = tokio::spawn(watch_end(dir.to_owned(), processes.clone(), sender));
         let watcher = Watcher(watcher);
-        Ok(Some(QemuMachine {
+        let machine = QemuMachine {
             dir: dir.to_owned(),
             pids: record.pids,
             qmp,
@@ -180,7 +183,13 @@ impl QemuMachine {
             exited,
             _watcher: watcher,
             patience,
-        }))
+            // The earlier agent may have died before it saw to that.
+            transients: AtomicBool::new(true),
+        };
+        if *machine.qmp.run_state().borrow() == RunState::Running {
+            machine.close_transients().await;
+        }
+        Ok(Some(machine))
     }
 
     /// Marks the machine as somebody's: from here on dropping its handle leaves it alive.
@@ -198,6 +207,26 @@ impl QemuMachine {
     ) -> Result<Value, VmmError> {
         let result = self.qmp.command(command, arguments, self.patience).await;
         self.explain(doing, result).await
+    }
+
+    /// Runs a QMP command that takes a descriptor.
+    pub(super) async fn command_with_fd(
+        &self,
+        doing: &'static str,
+        command: &'static str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Value, VmmError> {
+        let asked = self
+            .qmp
+            .command_with_fd(command, arguments, fd, self.patience);
+        let result = asked.await;
+        self.explain(doing, result).await
+    }
+
+    /// Notes whether QEMU may hold descriptors that it needs no more; tells what was noted.
+    pub(super) fn leave_transients(&self, some: bool) -> bool {
+        self.transients.swap(some, Ordering::AcqRel)
     }
 
     /// Gives QEMU a descriptor.
@@ -308,6 +337,7 @@ impl Machine for QemuMachine {
         self.command("starting its processors", "cont", json!({}))
             .await?;
         self.await_run_state(RunState::Running).await;
+        self.close_transients().await;
         Ok(())
     }
 
@@ -344,6 +374,14 @@ impl Machine for QemuMachine {
             bytes,
             took: began.elapsed(),
         })
+    }
+
+    async fn save_delta(&self) -> Result<SavedDelta, VmmError> {
+        self.save_changes().await
+    }
+
+    async fn switch_disk_layer(&self, top: &Path) -> Result<(), VmmError> {
+        self.put_layer(top).await
     }
 
     fn run_state(&self) -> watch::Receiver<RunState> {

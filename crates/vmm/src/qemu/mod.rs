@@ -6,9 +6,11 @@
 
 mod args;
 mod launch;
+mod layers;
 mod machine;
 mod record;
 mod restore;
+mod save;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,9 +19,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use self::machine::QemuMachine;
+pub use self::save::state_file;
 use crate::keeper::Launcher;
 use crate::probe::{Choice, HostReport, QEMU_MINIMUM};
-use crate::{BootSpec, Fingerprint, Machine, RestoreSpec, Vmm, VmmError, VmmInfo};
+use crate::{BootSpec, Delta, Fingerprint, Machine, RestoreSpec, Vmm, VmmError, VmmInfo};
 
 /// What the driver needs to know.
 #[derive(Debug, Clone)]
@@ -125,7 +128,16 @@ impl Vmm for QemuVmm {
     }
 
     async fn restore(&self, spec: RestoreSpec) -> Result<Arc<dyn Machine>, VmmError> {
-        Ok(Arc::new(self.start_saved(spec).await?.claim()))
+        Ok(Arc::new(self.start_saved(spec, None).await?.claim()))
+    }
+
+    async fn restore_delta(
+        &self,
+        spec: RestoreSpec,
+        delta: Delta,
+    ) -> Result<Arc<dyn Machine>, VmmError> {
+        let machine = self.start_saved(spec, Some(delta)).await?;
+        Ok(Arc::new(machine.claim()))
     }
 
     async fn adopt(&self, dir: &Path) -> Result<Option<Arc<dyn Machine>>, VmmError> {

@@ -1,6 +1,7 @@
 //! Loading a saved machine.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::json;
@@ -9,13 +10,19 @@ use super::QemuVmm;
 use super::args::Start;
 use super::launch::{Kernel, check_memory, sealed_memfd};
 use super::machine::QemuMachine;
+use crate::delta::inject;
+use crate::guest_memory::GuestMemory;
 use crate::qmp::Migration;
-use crate::{RestoreSpec, VmmError};
+use crate::{Delta, RestoreSpec, SealedMemory, VmmError};
 
 impl QemuVmm {
-    /// Starts QEMU on a private mapping of the memory and loads the state. The machine is
-    /// stopped afterwards.
-    pub(super) async fn start_saved(&self, spec: RestoreSpec) -> Result<QemuMachine, VmmError> {
+    /// Starts QEMU on a private mapping of the memory, brings in what was changed of it, and
+    /// loads the state. The machine is stopped afterwards.
+    pub(super) async fn start_saved(
+        &self,
+        spec: RestoreSpec,
+        delta: Option<Delta>,
+    ) -> Result<QemuMachine, VmmError> {
         let RestoreSpec {
             machine: spec,
             memory,
@@ -31,9 +38,15 @@ impl QemuVmm {
             image: sealed_memfd("wrenn-boot", &stand_in_kernel()).map_err(shared)?,
             initramfs: None,
         };
-        let memory = memory.share().map_err(shared)?;
-        let machine = self.start(spec, Start::Saved, memory, kernel).await?;
-        let loaded = load(&machine, state.as_fd()).await;
+        let mapped = memory.share().map_err(shared)?;
+        let machine = self.start(spec, Start::Saved, mapped, kernel).await?;
+        let loaded = async {
+            if let Some(delta) = delta {
+                bring_in(&machine, memory, delta).await?;
+            }
+            load(&machine, state.as_fd()).await
+        };
+        let loaded = loaded.await;
         if let Err(error) = loaded {
             // What is reported is why it could not be loaded; a machine that also does not
             // die is found by its record.
@@ -44,6 +57,31 @@ impl QemuVmm {
         }
         Ok(machine)
     }
+}
+
+/// Writes what was changed into the machine's memory. Before its state is loaded: a virtio
+/// device compares its place in each queue with the queue in memory then, and takes that
+/// for where the guest is.
+async fn bring_in(
+    machine: &QemuMachine,
+    template: Arc<SealedMemory>,
+    delta: Delta,
+) -> Result<(), VmmError> {
+    let began = Instant::now();
+    let firmware_at = machine.firmware_address().await?;
+    let process = crate::Machine::pids(machine).vmm;
+    let work = tokio::task::spawn_blocking(move || {
+        let Delta {
+            firmware,
+            mut pages,
+        } = delta;
+        let memory = GuestMemory::open(process)?;
+        memory.write_at(firmware_at, &firmware[..])?;
+        inject(&mut *pages, &template, &memory)
+    });
+    let done = machine.finish_delta("brought in", work).await?;
+    tracing::debug!(took = ?began.elapsed(), ?done, "changes brought in");
+    Ok(())
 }
 
 async fn load(machine: &QemuMachine, state: BorrowedFd<'_>) -> Result<(), VmmError> {

@@ -184,6 +184,17 @@ impl Qmp {
         self.run(command, arguments, None, within).await
     }
 
+    /// Runs a command that takes a descriptor.
+    pub(crate) async fn command_with_fd(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+        within: Duration,
+    ) -> Reply {
+        self.run(command, arguments, Some(fd), within).await
+    }
+
     /// Gives QEMU a descriptor under `name`, for `fd:` URIs.
     pub(crate) async fn give(
         &self,

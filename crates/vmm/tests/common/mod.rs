@@ -29,17 +29,46 @@ const MODULES: [&str; 8] = [
 
 /// Prints a line five times a second: how often, the identity it reads, its network card,
 /// and what its disk holds, to which it adds the identity it finds changed.
+///
+/// With `workload` on its command line it also runs a round of work before each line: files
+/// in memory are made, turned to zeros in place, freed and checked against the checksums of
+/// all rounds before, and copied to the disk and read back from there; it tells of the round
+/// as `LOAD n ok`. An identity of `fill=MIB` has it write so much memory, and tell `FILLED`.
 const INIT: &str = r#"#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t devtmpfs d /dev; $b mount -t proc p /proc; $b mount -t sysfs s /sys
 MODULES
 $b mkdir -p /disk; $b mount -t ext4 -o rw /dev/vda /disk
+$b mkdir -p /w; $b mount -t tmpfs w /w
 exec >/dev/ttyS0 2>&1
+work=; $b grep -q workload /proc/cmdline && work=1
+round() {
+  k=$(($1 % 7)); f=/w/f$k; bad=
+  case $(($1 % 5)) in
+    1) $b dd if=/dev/zero of=$f conv=notrunc bs=64k count=6 2>/dev/null ;;
+    3) $b rm -f $f ;;
+    *) $b dd if=/dev/urandom of=$f bs=64k count=$((1 + $1 * 5 % 23)) 2>/dev/null ;;
+  esac
+  cd /w
+  if [ -e f$k ]; then $b sha1sum f$k >s$k; else $b rm -f s$k; fi
+  for s in s*; do [ -e $s ] && { $b sha1sum -c -s $s || bad="$bad $s"; }; done
+  if [ -e f$k ]; then
+    $b dd if=f$k of=/disk/d$k bs=4k conv=fsync 2>/dev/null
+    echo 3 >/proc/sys/vm/drop_caches
+    $b cmp f$k /disk/d$k || bad="$bad disk"
+  fi
+  cd /
+  if [ -z "$bad" ]; then echo "LOAD $1 ok."; else echo "LOAD $1 BAD$bad."; fi
+}
 was=; n=0
 while true; do
   n=$((n+1))
   id=$($b tr -d '\0' </sys/firmware/qemu_fw_cfg/by_name/opt/wrenn/restore/raw)
-  if [ "$id" != "$was" ]; then was=$id; echo "$id" >>/disk/seen; $b sync; fi
+  if [ "$id" != "$was" ]; then
+    was=$id; echo "$id" >>/disk/seen; $b sync
+    case $id in fill=*) $b yes wrenn | $b head -c $((${id#fill=} << 20)) >/w/fill; echo "FILLED." ;; esac
+  fi
+  [ -n "$work" ] && round $n
   mac=$($b cat /sys/class/net/eth0/address 2>/dev/null)
   echo "TICK $n id=$id disk=$($b tr '\n' ',' </disk/seen) mac=$mac."
   $b sleep 0.2
@@ -263,6 +292,7 @@ pub fn tick(line: &str) -> u32 {
 
 /// A frozen machine.
 pub struct Template {
+    pub shape: Shape,
     pub memory: Arc<SealedMemory>,
     pub state: PathBuf,
     pub layer: PathBuf,
@@ -272,10 +302,24 @@ pub struct Template {
 impl Template {
     /// Boots a machine until it has printed a few lines, and freezes it.
     pub async fn make(vmm: &QemuVmm, parent: &Path, uid: u32, tap: Option<OwnedFd>) -> Template {
+        Template::shaped(vmm, parent, uid, tap, SHAPE, "").await
+    }
+
+    /// The same with another shape, and more on its command line.
+    pub async fn shaped(
+        vmm: &QemuVmm,
+        parent: &Path,
+        uid: u32,
+        tap: Option<OwnedFd>,
+        shape: Shape,
+        words: &str,
+    ) -> Template {
         let dir = folder(parent, "template");
-        let memory = Arc::new(MemoryFile::create(SHAPE.memory.bytes()).unwrap());
+        let memory = Arc::new(MemoryFile::create(shape.memory.bytes()).unwrap());
         let began = Instant::now();
         let mut machine = spec(vmm, &dir, uid, "template", Vec::new());
+        machine.shape = shape;
+        machine.boot.cmdline = format!("{} {words}", machine.boot.cmdline);
         machine.tap = tap;
         let boot = BootSpec {
             machine,
@@ -294,6 +338,7 @@ impl Template {
         let tick = tick(&console_line(&machine, "TICK").await);
         machine.kill().await.unwrap();
         Template {
+            shape,
             memory: Arc::new(memory.seal().unwrap()),
             state,
             layer: dir.join("disk.qcow2"),
@@ -304,6 +349,7 @@ impl Template {
     /// What restores a clone with its own top layer in `dir`.
     pub fn clone_spec(&self, vmm: &QemuVmm, dir: &Path, uid: u32, id: &str) -> RestoreSpec {
         let mut machine = spec(vmm, dir, uid, id, vec![self.layer.clone()]);
+        machine.shape = self.shape;
         // A clone needs no kernel: it has one in its memory.
         machine.boot.kernel = "/nonexistent".into();
         machine.boot.initramfs = "/nonexistent".into();

@@ -1,0 +1,128 @@
+//! A new layer on the disk of a machine that lives on.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::json;
+
+use super::args::{Format, disk_name, disk_node};
+use super::machine::QemuMachine;
+use super::save::{TRANSIENT, understand};
+use crate::machine::RunState;
+use crate::{Machine, VmmError};
+
+/// A node of QEMU's block layer: an image, or the file beneath one.
+#[derive(Debug, Deserialize)]
+struct Node {
+    #[serde(rename = "node-name")]
+    name: String,
+    #[serde(rename = "ro")]
+    read_only: bool,
+}
+
+impl QemuMachine {
+    /// See [`Machine::switch_disk_layer`].
+    pub(super) async fn put_layer(&self, path: &Path) -> Result<(), VmmError> {
+        let open = |writable| {
+            File::options()
+                .read(true)
+                .write(writable)
+                .open(path)
+                .map_err(|source| VmmError::File {
+                    what: "cannot open the disk",
+                    path: path.to_owned(),
+                    source,
+                })
+        };
+        let (writable, spare) = (open(true)?, open(false)?);
+        let failed = |why: String| VmmError::DiskLayer {
+            path: path.to_owned(),
+            why,
+        };
+        let old = top_level(&self.disk_nodes().await?)
+            .ok_or_else(|| failed("QEMU tells of no disk".into()))?;
+        let (old_name, new_name) = (disk_name(old), disk_name(old + 1));
+        let set = self.add_fd(writable.as_fd(), None, TRANSIENT).await?;
+        self.add_fd(spare.as_fd(), Some(set), "spare").await?;
+        let mut node = disk_node(old + 1, Format::Qcow2, set, true);
+        // It builds on what it is put on, not on what its header may name.
+        node["backing"] = json!(null);
+        let doing = "adding a layer to its disk";
+        let added = self.command(doing, "blockdev-add", node).await;
+        let switched = match added {
+            Ok(_) => {
+                let arguments = json!({ "node": old_name, "overlay": new_name });
+                let result = self.command(doing, "blockdev-snapshot", arguments).await;
+                if result.is_err() {
+                    self.undo("blockdev-del", json!({ "node-name": new_name }))
+                        .await;
+                }
+                result
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = switched {
+            self.undo("remove-fd", json!({ "fdset-id": set })).await;
+            return Err(match error {
+                VmmError::Qmp { source, .. } => failed(format!("{source}; the disk is as it was")),
+                other => other,
+            });
+        }
+        let nodes = self.disk_nodes().await?;
+        if !nodes
+            .iter()
+            .any(|node| node.name == old_name && node.read_only)
+        {
+            return Err(failed(
+                "it was switched, but QEMU still writes to the old layer: do not share that".into(),
+            ));
+        }
+        if *Machine::run_state(self).borrow() == RunState::Running {
+            self.close_transients().await;
+        }
+        Ok(())
+    }
+
+    async fn disk_nodes(&self) -> Result<Vec<Node>, VmmError> {
+        let doing = "telling the layers of its disk";
+        let answer = self
+            .command(doing, "query-named-block-nodes", json!({ "flat": true }))
+            .await?;
+        understand(doing, answer)
+    }
+
+    /// Takes back a step of a switch that failed. What is reported is that failure: what
+    /// stays behind is a node or descriptor that nothing uses.
+    async fn undo(&self, command: &'static str, arguments: serde_json::Value) {
+        if let Err(error) = self.command("undoing a switch", command, arguments).await {
+            tracing::warn!(%error, command, "a disk layer that was not used stays open");
+        }
+    }
+}
+
+/// Level of the highest layer.
+fn top_level(nodes: &[Node]) -> Option<usize> {
+    let levels = nodes.iter().filter_map(|node| {
+        let level = node.name.strip_prefix("disk")?;
+        level.parse().ok()
+    });
+    levels.max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_top_is_the_highest_number_not_the_last_in_order() {
+        let node = |name: &str| Node {
+            name: name.into(),
+            read_only: false,
+        };
+        let nodes = ["disk9", "#block123", "disk10", "disk0", "diskette", "disk"].map(node);
+        assert_eq!(top_level(&nodes), Some(10));
+        assert_eq!(top_level(&nodes[1..2]), None);
+    }
+}

@@ -1,0 +1,493 @@
+//! Clones that are saved while they live: their changes against the template, through
+//! several generations, forks and failures. Needs what `machines.rs` needs.
+
+#![allow(clippy::unwrap_used)]
+
+#[allow(dead_code)]
+mod common;
+#[path = "common/view.rs"]
+mod view;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{SHAPE, Template, console_line, folder, tick, vmm};
+use view::{Qmp, View};
+use wrenn_vmm::{
+    Delta, DeltaError, DeltaPages, Firmware, Machine, PageBuffer, PageRange, QemuVmm, Run,
+    RunState, Vmm, VmmError, create_overlay, state_file,
+};
+
+/// A saved clone, held in memory.
+struct Saved {
+    state: Vec<u8>,
+    firmware: Firmware,
+    pages: Arc<PageBuffer>,
+    ranges: Vec<PageRange>,
+    /// Its disk, from the template's layer upwards.
+    layers: Vec<PathBuf>,
+}
+
+impl Saved {
+    async fn of(machine: &Arc<dyn Machine>, layers: Vec<PathBuf>) -> Saved {
+        let mut saved = machine.save_delta().await.unwrap();
+        assert_eq!(*machine.run_state().borrow(), RunState::Stopped);
+        let pages = PageBuffer::collect(&mut saved.pages).unwrap();
+        println!(
+            "saved: {:?}, state {} bytes, {} pages in {} ranges, of which {} zero",
+            saved.times,
+            saved.state.len(),
+            saved.pages.count(),
+            saved.pages.ranges().len(),
+            pages.zero_pages(),
+        );
+        assert_eq!(
+            pages.data_bytes() / 4096 + pages.zero_pages(),
+            saved.pages.count()
+        );
+        Saved {
+            state: saved.state,
+            firmware: saved.firmware,
+            ranges: saved.pages.ranges().to_vec(),
+            pages: Arc::new(pages),
+            layers,
+        }
+    }
+
+    fn delta(&self) -> Delta {
+        Delta {
+            firmware: self.firmware.clone(),
+            pages: self.pages.stream(),
+        }
+    }
+
+    async fn restore(
+        &self,
+        template: &Template,
+        vmm: &QemuVmm,
+        dir: &Path,
+        uid: u32,
+        id: &str,
+        delta: Delta,
+    ) -> Result<Arc<dyn Machine>, VmmError> {
+        let mut spec = template.clone_spec(vmm, dir, uid, id);
+        spec.machine.disk.layers = self.layers.clone();
+        spec.state = state_file(&self.state).unwrap();
+        vmm.restore_delta(spec, delta).await
+    }
+}
+
+/// The number of the newest round of the guest's work, after checking that none failed.
+async fn rounds(machine: &Arc<dyn Machine>, at_least: u32) -> u32 {
+    let began = Instant::now();
+    loop {
+        let console =
+            String::from_utf8_lossy(&machine.console_tail(64 << 10).unwrap()).into_owned();
+        assert!(!console.contains("BAD"), "{console}");
+        let newest = console
+            .lines()
+            .filter_map(|line| line.split_once("LOAD ")?.1.strip_suffix(" ok."))
+            .filter_map(|number| number.parse().ok())
+            .next_back();
+        if let Some(round) = newest.filter(|round| *round >= at_least) {
+            return round;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{console}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Descriptors that the process has open on `path`, and whether it may write through each.
+fn descriptors_on(pid: u32, path: &Path) -> Vec<bool> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let open = entries.filter(|entry| {
+        let link = fs::read_link(entry.as_ref().unwrap().path());
+        link.is_ok_and(|link| link == path)
+    });
+    open.map(|entry| {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{name}")).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        u32::from_str_radix(flags.unwrap().trim(), 8).unwrap() & 3 != 0
+    })
+    .collect()
+}
+
+fn open_files(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+#[tokio::test]
+async fn g12_g13_memory_is_the_same_through_generations_of_a_working_guest() {
+    let parent = tempfile::tempdir().unwrap();
+    let vmm = vmm();
+    let template = Template::shaped(&vmm, parent.path(), 10_110, None, SHAPE, "workload").await;
+    let digest = template.memory.digest().unwrap();
+    let dir = folder(parent.path(), "generation0");
+    let mut spec = template.clone_spec(&vmm, &dir, 10_111, "generation0");
+    spec.machine.disk.layers = vec![template.layer.clone()];
+    let mut machine = vmm.restore(spec).await.unwrap();
+    let mut layers = vec![template.layer.clone()];
+    let mut dir = dir;
+    machine.resume().await.unwrap();
+    let mut round = rounds(&machine, 1).await;
+    let mut cleared = 0;
+    for generation in 1..=5 {
+        round = rounds(&machine, round + 6).await;
+        layers.push(dir.join("disk.qcow2"));
+        let saved = Saved::of(&machine, layers.clone()).await;
+        let kept = rounds(&machine, 1).await;
+        // What QEMU shows of the guest is what was read from outside.
+        drop(machine);
+        let before = View::of(&dir, SHAPE).await;
+        assert!(before.firmware() == &saved.firmware[..]);
+        machine = vmm.adopt(&dir).await.unwrap().unwrap();
+        machine.kill().await.unwrap();
+        // Pages that held something in the template and hold nothing now.
+        let mut page = [0; 4096];
+        cleared += saved
+            .ranges
+            .iter()
+            .flat_map(|range| range.first..range.end())
+            .filter(|number| before.page(*number) == [0; 4096])
+            .filter(|number| {
+                template.memory.read_at(number * 4096, &mut page).unwrap();
+                page != [0; 4096]
+            })
+            .count();
+
+        dir = folder(parent.path(), &format!("generation{generation}"));
+        let id = format!("generation{generation}");
+        let began = Instant::now();
+        machine = saved
+            .restore(&template, &vmm, &dir, 10_111, &id, saved.delta())
+            .await
+            .unwrap();
+        println!("restored in {:?}", began.elapsed());
+        drop(machine);
+        let after = View::of(&dir, SHAPE).await;
+        assert_eq!(before.differing(&after), [""; 0]);
+        machine = vmm.adopt(&dir).await.unwrap().unwrap();
+        assert_eq!(*machine.run_state().borrow(), RunState::Stopped);
+        machine.resume().await.unwrap();
+        // It went on where it had stopped, and its disk holds all of the generations.
+        let next = rounds(&machine, kept + 1).await;
+        assert!(next < kept + 20, "{kept} then {next}");
+        let line = console_line(&machine, &format!("id={id} ")).await;
+        for earlier in 1..=generation {
+            assert!(line.contains(&format!("generation{earlier},")), "{line}");
+        }
+    }
+    machine.kill().await.unwrap();
+    println!("{cleared} pages that the template fills were zero at a save");
+    assert!(
+        cleared > 0,
+        "nothing proves that a cleared page stays clear"
+    );
+    assert_eq!(template.memory.digest().unwrap(), digest);
+}
+
+#[tokio::test]
+async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
+    let parent = tempfile::tempdir().unwrap();
+    let vmm = vmm();
+    let template = Template::shaped(&vmm, parent.path(), 10_120, None, SHAPE, "workload").await;
+    let dir = folder(parent.path(), "parent");
+    let spec = template.clone_spec(&vmm, &dir, 10_121, "parent");
+    let machine = vmm.restore(spec).await.unwrap();
+    machine.resume().await.unwrap();
+    rounds(&machine, 3).await;
+    let pid = machine.pids().vmm.pid;
+    let mut top = dir.join("disk.qcow2");
+    let mut layers = vec![template.layer.clone()];
+    let mut frozen = Vec::new();
+    let mut opened = Vec::new();
+    let mut children = Vec::new();
+    for point in 0..3 {
+        layers.push(top.clone());
+        let next = dir.join(format!("disk{point}.qcow2"));
+        create_overlay(&next, common::DISK_BYTES).unwrap();
+        let began = Instant::now();
+        let saved = Saved::of(&machine, layers.clone()).await;
+        let switching = Instant::now();
+        machine.switch_disk_layer(&next).await.unwrap();
+        let switched = switching.elapsed();
+        machine.resume().await.unwrap();
+        println!(
+            "frozen for {:?}, {switched:?} of it for the disk",
+            began.elapsed()
+        );
+        // The old layer can only be read from now on, and is never written again.
+        assert_eq!(descriptors_on(pid, &next), [false, true]);
+        let old = descriptors_on(pid, &top);
+        assert!(!old.is_empty() && !old.contains(&true), "{old:?}");
+        frozen.push((top.clone(), fs::read(&top).unwrap()));
+        opened.push(open_files(pid));
+        top = next;
+
+        // A child goes on beside its parent.
+        let child_dir = folder(parent.path(), &format!("child{point}"));
+        let id = format!("child{point}");
+        let began = Instant::now();
+        let child = saved
+            .restore(&template, &vmm, &child_dir, 10_122, &id, saved.delta())
+            .await
+            .unwrap();
+        child.resume().await.unwrap();
+        println!("child runs after {:?}", began.elapsed());
+        let line = console_line(&child, &format!("id={id} ")).await;
+        assert!(
+            line.contains(&format!("disk=made,template,parent,{id},")),
+            "{line}"
+        );
+        children.push(child);
+        let now = rounds(&machine, 1).await;
+        rounds(&machine, now + 3).await;
+    }
+    for child in &children {
+        let now = rounds(child, 1).await;
+        rounds(child, now + 2).await;
+        child.kill().await.unwrap();
+    }
+    let line = console_line(&machine, "TICK").await;
+    assert!(line.contains("disk=made,template,parent, "), "{line}");
+    for (path, content) in &frozen {
+        assert!(&fs::read(path).unwrap() == content, "{path:?} was written");
+    }
+    // Two more for each new layer: it, and the same for reading only.
+    assert_eq!(opened[2] - opened[1], 2, "{opened:?}");
+
+    // On a running machine too, and by an agent that did not start it.
+    drop(machine);
+    let machine = vmm.adopt(&dir).await.unwrap().unwrap();
+    let next = dir.join("running.qcow2");
+    create_overlay(&next, common::DISK_BYTES).unwrap();
+    machine.switch_disk_layer(&next).await.unwrap();
+    assert_eq!(*machine.run_state().borrow(), RunState::Running);
+    assert!(!descriptors_on(pid, &top).contains(&true));
+    let content = fs::read(&top).unwrap();
+    let now = rounds(&machine, 1).await;
+    rounds(&machine, now + 3).await;
+    assert!(fs::read(&top).unwrap() == content);
+
+    // A layer that cannot be used changes nothing.
+    let files = open_files(pid);
+    let broken = dir.join("broken.qcow2");
+    fs::write(&broken, b"no layer").unwrap();
+    let error = machine.switch_disk_layer(&broken).await.unwrap_err();
+    assert!(matches!(error, VmmError::DiskLayer { .. }), "{error:?}");
+    assert!(error.to_string().contains("as it was"), "{error}");
+    let small = dir.join("small.qcow2");
+    create_overlay(&small, 1 << 20).unwrap();
+    let missing = machine.switch_disk_layer(Path::new("/nonexistent")).await;
+    assert!(matches!(missing, Err(VmmError::File { .. })));
+    assert_eq!(open_files(pid), files);
+    let now = rounds(&machine, 1).await;
+    rounds(&machine, now + 2).await;
+    machine.kill().await.unwrap();
+}
+
+/// A stream that hands out what it is given, and then fails.
+struct Script {
+    runs: Vec<(u64, Option<Vec<u8>>)>,
+    next: usize,
+    end: Option<DeltaError>,
+}
+
+impl DeltaPages for Script {
+    fn next_run(&mut self) -> Result<Option<Run<'_>>, DeltaError> {
+        let run = self.runs.get(self.next);
+        self.next += 1;
+        match (run, self.end.take_if(|_| run.is_none())) {
+            (Some((first, Some(bytes))), _) => Ok(Some(Run::Data {
+                first: *first,
+                bytes,
+            })),
+            (Some((first, None)), _) => Ok(Some(Run::Zero(PageRange {
+                first: *first,
+                count: 1,
+            }))),
+            (None, Some(error)) => Err(error),
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_saved_or_restored_is_named_and_leaves_nothing() {
+    let parent = tempfile::tempdir().unwrap();
+    let vmm = vmm();
+    let template = Template::make(&vmm, parent.path(), 10_130, None).await;
+    let dir = folder(parent.path(), "clone");
+    let spec = template.clone_spec(&vmm, &dir, 10_131, "clone");
+    let machine = vmm.restore(spec).await.unwrap();
+    machine.resume().await.unwrap();
+    let first = tick(&console_line(&machine, "id=clone ").await);
+    let layers = vec![template.layer.clone(), dir.join("disk.qcow2")];
+    let saved = Saved::of(&machine, layers).await;
+
+    // Pages are only read while it is stopped.
+    let mut again = machine.save_delta().await.unwrap();
+    assert!(again.pages.next_run().unwrap().is_some());
+    machine.resume().await.unwrap();
+    let torn = loop {
+        match again.pages.next_run() {
+            Ok(Some(_)) => {}
+            other => break other.map(|_| ()),
+        }
+    };
+    assert!(matches!(torn, Err(DeltaError::Resumed)), "{torn:?}");
+    console_line(&machine, &format!("TICK {} ", first + 3)).await;
+    // And not after its end.
+    let mut last = machine.save_delta().await.unwrap();
+    machine.kill().await.unwrap();
+    let error = PageBuffer::collect(&mut last.pages).unwrap_err();
+    assert!(matches!(error, DeltaError::Ended { .. }), "{error:?}");
+    let error = machine.save_delta().await.unwrap_err();
+    assert!(matches!(error, VmmError::Ended { .. }), "{error:?}");
+
+    // Damaged deltas.
+    let pages = SHAPE.memory.bytes() / 4096;
+    let data = |first, bytes| (first, Some(vec![1; bytes]));
+    let cases: [(&str, Vec<(u64, Option<Vec<u8>>)>, Option<DeltaError>); 5] = [
+        ("outside", vec![data(7, 4096), (pages, None)], None),
+        ("outside", vec![data(pages - 1, 8192)], None),
+        ("must ascend", vec![data(9, 4096), (8, None)], None),
+        ("whole pages", vec![data(9, 4097)], None),
+        (
+            "cannot be had",
+            vec![data(9, 4096)],
+            Some(DeltaError::Source("the disk is gone".into())),
+        ),
+    ];
+    for (index, (words, runs, end)) in cases.into_iter().enumerate() {
+        let delta = Delta {
+            firmware: saved.firmware.clone(),
+            pages: Box::new(Script { runs, next: 0, end }),
+        };
+        let dir = folder(parent.path(), &format!("damaged{index}"));
+        let error = saved
+            .restore(&template, &vmm, &dir, 10_132, "x", delta)
+            .await
+            .err()
+            .unwrap();
+        assert!(matches!(error, VmmError::Delta { .. }), "{error:?}");
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains(words), "{cause}");
+    }
+    // A state that is cut.
+    for cut in [0, 40, saved.state.len() / 2, saved.state.len() - 1] {
+        let dir = folder(parent.path(), &format!("cut{cut}"));
+        let mut spec = template.clone_spec(&vmm, &dir, 10_132, "x");
+        spec.machine.disk.layers = saved.layers.clone();
+        spec.state = state_file(&saved.state[..cut]).unwrap();
+        let error = vmm.restore_delta(spec, saved.delta()).await.err();
+        assert!(
+            matches!(error, Some(VmmError::State { .. } | VmmError::Ended { .. })),
+            "cut at {cut}: {error:?}"
+        );
+    }
+    // A machine that is killed while its memory is written.
+    let dir = folder(parent.path(), "killed");
+    let killer = Killer {
+        dir: dir.clone(),
+        inner: saved.pages.stream(),
+    };
+    let delta = Delta {
+        firmware: saved.firmware.clone(),
+        pages: Box::new(killer),
+    };
+    let error = saved
+        .restore(&template, &vmm, &dir, 10_132, "x", delta)
+        .await
+        .err()
+        .unwrap();
+    assert!(matches!(error, VmmError::Ended { .. }), "{error:?}");
+    // The same state and delta, whole, still restore.
+    let dir = folder(parent.path(), "whole");
+    let whole = saved
+        .restore(&template, &vmm, &dir, 10_132, "whole", saved.delta())
+        .await
+        .unwrap();
+    whole.resume().await.unwrap();
+    console_line(&whole, "id=whole ").await;
+    whole.kill().await.unwrap();
+    let left = fs::read_dir("/proc").unwrap().filter(|entry| {
+        let status = fs::read_to_string(entry.as_ref().unwrap().path().join("status"));
+        status
+            .is_ok_and(|status| status.contains("Uid:\t10132\t") && !status.contains("Z (zombie)"))
+    });
+    assert_eq!(left.count(), 0);
+}
+
+/// Kills the machine in `dir` before the first page.
+struct Killer {
+    dir: PathBuf,
+    inner: Box<dyn DeltaPages>,
+}
+
+impl DeltaPages for Killer {
+    fn next_run(&mut self) -> Result<Option<Run<'_>>, DeltaError> {
+        let record = fs::read_to_string(self.dir.join("machine.json")).unwrap();
+        let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+        let pid = record["pids"]["vmm"]["pid"].as_i64().unwrap();
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        // It is dead already at the second call.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        std::thread::sleep(Duration::from_millis(100));
+        self.inner.next_run()
+    }
+}
+
+#[tokio::test]
+async fn a_machine_without_a_template_has_no_changes() {
+    let parent = tempfile::tempdir().unwrap();
+    let vmm = vmm();
+    let dir = folder(parent.path(), "machine");
+    let memory = Arc::new(wrenn_vmm::MemoryFile::create(SHAPE.memory.bytes()).unwrap());
+    let machine = common::spec(&vmm, &dir, 10_140, "booted", Vec::new());
+    let machine = vmm
+        .boot(wrenn_vmm::BootSpec { machine, memory })
+        .await
+        .unwrap();
+    console_line(&machine, "TICK 2 ").await;
+    let error = machine.save_delta().await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            VmmError::Delta {
+                source: DeltaError::NoTemplate { .. },
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    // It can go on all the same.
+    machine.resume().await.unwrap();
+    let line = tick(&console_line(&machine, "TICK").await);
+    console_line(&machine, &format!("TICK {} ", line + 2)).await;
+
+    // All RAM that QEMU has beside the memory is firmware, or data it offers by fw_cfg: if
+    // a later version adds a block, a delta would lack it.
+    drop(machine);
+    let asked = dir.clone();
+    let asking = tokio::task::spawn_blocking(move || {
+        Qmp::connect(&asked).ask(&serde_json::json!({
+            "execute": "human-monitor-command",
+            "arguments": { "command-line": "info ramblock" },
+        }))
+    });
+    let blocks = asking.await.unwrap();
+    let blocks: Vec<&str> = blocks.as_str().unwrap().lines().skip(1).collect();
+    for line in &blocks {
+        let name = line.split_whitespace().next().unwrap();
+        assert!(
+            name == "mem" || name == "pc.bios" || name.starts_with("/rom@etc/"),
+            "{blocks:#?}"
+        );
+    }
+    let machine = vmm.adopt(&dir).await.unwrap().unwrap();
+    machine.kill().await.unwrap();
+}
