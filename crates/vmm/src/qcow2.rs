@@ -7,7 +7,7 @@
 //! The file names no backing file, so that no path is baked in; the driver joins the layers
 //! by reference.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -71,6 +71,18 @@ pub fn create_overlay(path: &Path, virtual_bytes: u64) -> Result<(), OverlayErro
         let _ = std::fs::remove_file(path);
         failed(source)
     })
+}
+
+/// Size of the disk that a layer holds, from its header; `None` if it is no such layer.
+pub(crate) fn virtual_bytes(file: &File) -> io::Result<Option<u64>> {
+    let mut header = [0; 32];
+    match file.read_exact_at(&mut header, 0) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let size = header.last_chunk().copied().map(u64::from_be_bytes);
+    Ok(size.filter(|_| header.starts_with(b"QFI\xfb")))
 }
 
 /// Clusters: 0 header, 1 refcount table, 2 refcount block, 3… L1 table.
@@ -140,6 +152,8 @@ mod tests {
         for bytes in [512, 2 << 30, (2 << 30) + 512, 512 << 30, 5 << 40, MAX_BYTES] {
             let path = dir.path().join(format!("{bytes}.qcow2"));
             create_overlay(&path, bytes).unwrap();
+            let layer = File::open(&path).unwrap();
+            assert_eq!(virtual_bytes(&layer).unwrap(), Some(bytes));
             let path = path.to_str().unwrap();
             let check = qemu_img(&["check", "--output=json", path]);
             let check: serde_json::Value = serde_json::from_str(&check).unwrap();

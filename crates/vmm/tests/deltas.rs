@@ -94,7 +94,7 @@ async fn rounds(machine: &Arc<dyn Machine>, at_least: u32) -> u32 {
         if let Some(round) = newest.filter(|round| *round >= at_least) {
             return round;
         }
-        assert!(began.elapsed() < Duration::from_secs(60), "{console}");
+        assert!(began.elapsed() < Duration::from_secs(120), "{console}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -134,8 +134,8 @@ async fn g12_g13_memory_is_the_same_through_generations_of_a_working_guest() {
     machine.resume().await.unwrap();
     let mut round = rounds(&machine, 1).await;
     let mut cleared = 0;
-    for generation in 1..=5 {
-        round = rounds(&machine, round + 6).await;
+    for generation in 1..=4 {
+        round = rounds(&machine, round + 5).await;
         layers.push(dir.join("disk.qcow2"));
         let saved = Saved::of(&machine, layers.clone()).await;
         let kept = rounds(&machine, 1).await;
@@ -274,13 +274,19 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
 
     // A layer that cannot be used changes nothing.
     let files = open_files(pid);
-    let broken = dir.join("broken.qcow2");
-    fs::write(&broken, b"no layer").unwrap();
-    let error = machine.switch_disk_layer(&broken).await.unwrap_err();
-    assert!(matches!(error, VmmError::DiskLayer { .. }), "{error:?}");
-    assert!(error.to_string().contains("as it was"), "{error}");
-    let small = dir.join("small.qcow2");
+    let (text, small) = (dir.join("text.qcow2"), dir.join("small.qcow2"));
+    fs::write(&text, b"no layer").unwrap();
     create_overlay(&small, 1 << 20).unwrap();
+    let broken = dir.join("broken.qcow2");
+    create_overlay(&broken, common::DISK_BYTES).unwrap();
+    let mut bytes = fs::read(&broken).unwrap();
+    bytes[7] = 9; // version
+    fs::write(&broken, bytes).unwrap();
+    for layer in [text, small, broken] {
+        let error = machine.switch_disk_layer(&layer).await.unwrap_err();
+        assert!(matches!(error, VmmError::DiskLayer { .. }), "{error:?}");
+        assert!(error.to_string().contains("as it was"), "{error}");
+    }
     let missing = machine.switch_disk_layer(Path::new("/nonexistent")).await;
     assert!(matches!(missing, Err(VmmError::File { .. })));
     assert_eq!(open_files(pid), files);
@@ -289,9 +295,12 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
     machine.kill().await.unwrap();
 }
 
+/// First page and bytes of each; without bytes, one page of zeros.
+type Runs = Vec<(u64, Option<Vec<u8>>)>;
+
 /// A stream that hands out what it is given, and then fails.
 struct Script {
-    runs: Vec<(u64, Option<Vec<u8>>)>,
+    runs: Runs,
     next: usize,
     end: Option<DeltaError>,
 }
@@ -351,7 +360,7 @@ async fn what_cannot_be_saved_or_restored_is_named_and_leaves_nothing() {
     // Damaged deltas.
     let pages = SHAPE.memory.bytes() / 4096;
     let data = |first, bytes| (first, Some(vec![1; bytes]));
-    let cases: [(&str, Vec<(u64, Option<Vec<u8>>)>, Option<DeltaError>); 5] = [
+    let cases: [(&str, Runs, Option<DeltaError>); 5] = [
         ("outside", vec![data(7, 4096), (pages, None)], None),
         ("outside", vec![data(pages - 1, 8192)], None),
         ("must ascend", vec![data(9, 4096), (8, None)], None),

@@ -11,6 +11,7 @@ use super::args::{Format, disk_name, disk_node};
 use super::machine::QemuMachine;
 use super::save::{TRANSIENT, understand};
 use crate::machine::RunState;
+use crate::qcow2::virtual_bytes;
 use crate::{Machine, VmmError};
 
 /// A node of QEMU's block layer: an image, or the file beneath one.
@@ -20,6 +21,13 @@ struct Node {
     name: String,
     #[serde(rename = "ro")]
     read_only: bool,
+    image: ImageInfo,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct ImageInfo {
+    virtual_size: u64,
 }
 
 impl QemuMachine {
@@ -41,9 +49,21 @@ impl QemuMachine {
             path: path.to_owned(),
             why,
         };
-        let old = top_level(&self.disk_nodes().await?)
-            .ok_or_else(|| failed("QEMU tells of no disk".into()))?;
+        let nodes = self.disk_nodes().await?;
+        let old = top_level(&nodes).ok_or_else(|| failed("QEMU tells of no disk".into()))?;
         let (old_name, new_name) = (disk_name(old), disk_name(old + 1));
+        // QEMU would go on with a disk of another size.
+        let here = virtual_bytes(&spare)
+            .map_err(|error| failed(format!("it cannot be read: {error}")))?
+            .ok_or_else(|| failed("it is no qcow2 layer; the disk is as it was".into()))?;
+        let wanted = nodes.iter().find(|node| node.name == old_name);
+        if let Some(size) = wanted.map(|node| node.image.virtual_size)
+            && size != here
+        {
+            return Err(failed(format!(
+                "it is for a disk of {here} bytes, and this one has {size}; the disk is as it was"
+            )));
+        }
         let set = self.add_fd(writable.as_fd(), None, TRANSIENT).await?;
         self.add_fd(spare.as_fd(), Some(set), "spare").await?;
         let mut node = disk_node(old + 1, Format::Qcow2, set, true);
@@ -120,6 +140,7 @@ mod tests {
         let node = |name: &str| Node {
             name: name.into(),
             read_only: false,
+            image: ImageInfo { virtual_size: 512 },
         };
         let nodes = ["disk9", "#block123", "disk10", "disk0", "diskette", "disk"].map(node);
         assert_eq!(top_level(&nodes), Some(10));

@@ -33,7 +33,7 @@ const MODULES: [&str; 8] = [
 /// With `workload` on its command line it also runs a round of work before each line: files
 /// in memory are made, turned to zeros in place, freed and checked against the checksums of
 /// all rounds before, and copied to the disk and read back from there; it tells of the round
-/// as `LOAD n ok`. An identity of `fill=MIB` has it write so much memory, and tell `FILLED`.
+/// as `LOAD n ok`. An identity of `fill=MIB` (a multiple of 5) has it write so much memory, and tell `FILLED`.
 const INIT: &str = r#"#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t devtmpfs d /dev; $b mount -t proc p /proc; $b mount -t sysfs s /sys
@@ -66,7 +66,11 @@ while true; do
   id=$($b tr -d '\0' </sys/firmware/qemu_fw_cfg/by_name/opt/wrenn/restore/raw)
   if [ "$id" != "$was" ]; then
     was=$id; echo "$id" >>/disk/seen; $b sync
-    case $id in fill=*) $b yes wrenn | $b head -c $((${id#fill=} << 20)) >/w/fill; echo "FILLED." ;; esac
+    case $id in fill=*)
+      $b dd if=/dev/urandom of=/w/seed bs=64k count=80 2>/dev/null
+      for i in $($b seq $((${id#fill=} / 5))); do $b cat /w/seed >>/w/fill; done
+      echo "FILLED."
+    esac
   fi
   [ -n "$work" ] && round $n
   mac=$($b cat /sys/class/net/eth0/address 2>/dev/null)
