@@ -22,8 +22,12 @@ impl HostState {
     /// Looks at everything once.
     pub fn read(data_dir: &Path, server: Option<u32>) -> HostState {
         let mut state = HostState::default();
-        state.count_names("namespace", Path::new("/run/netns"));
-        state.count_names("link", Path::new("/sys/class/net"));
+        let namespaces = names(Path::new("/run/netns"));
+        state.add(
+            "namespace",
+            namespaces.iter().filter(|name| is_ours(name)).count(),
+        );
+        state.count_links();
         state.count_processes();
         state.count_mounts(data_dir);
         state.count_loop_devices(data_dir);
@@ -36,13 +40,13 @@ impl HostState {
         state
     }
 
-    /// Looks until nothing has changed for two seconds: the pool is full again, and what is
+    /// Looks until nothing has changed for five seconds: the pool is full again, and what is
     /// taken down in the background is gone.
     pub async fn settled(data_dir: &Path, server: Option<u32>, patience: Duration) -> HostState {
         let start = Instant::now();
         let mut last = HostState::read(data_dir, server);
         let mut same_since = Instant::now();
-        while same_since.elapsed() < Duration::from_secs(2) {
+        while same_since.elapsed() < Duration::from_secs(5) {
             assert!(
                 start.elapsed() < patience,
                 "the host does not come to rest:\n{last}"
@@ -117,9 +121,14 @@ impl HostState {
         }
     }
 
-    fn count_names(&mut self, kind: &str, folder: &Path) {
-        let ours = |name: &String| name.starts_with(PREFIX);
-        self.add(kind, names(folder).into_iter().filter(ours).count());
+    /// Asked of the kernel: what `/sys` shows depends on where that was mounted.
+    fn count_links(&mut self) {
+        let listed = output("ip", &["-oneline", "link", "show"]);
+        // "7: wrenn-3@if2: <BROADCAST…"
+        let links = listed
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(1));
+        self.add("link", links.filter(|name| is_ours(name)).count());
     }
 
     /// The server, keepers and whatever a keeper started, known by their program's file.
@@ -183,19 +192,13 @@ impl HostState {
     }
 
     fn count_firewall_tables(&mut self) {
-        let output = std::process::Command::new("nft")
-            .args(["list", "tables"])
-            .output()
-            .expect("nft runs");
-        assert!(
-            output.status.success(),
-            "nft list tables: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let tables = String::from_utf8_lossy(&output.stdout).into_owned();
+        let tables = output("nft", &["list", "tables"]);
+        let tables = tables
+            .lines()
+            .filter_map(|line| line.split_whitespace().last());
         self.add(
             "firewall table",
-            tables.lines().filter(|line| line.contains(PREFIX)).count(),
+            tables.filter(|name| is_ours(name)).count(),
         );
     }
 
@@ -229,6 +232,18 @@ impl fmt::Display for HostState {
             .iter()
             .try_for_each(|(kind, n)| writeln!(f, "  {kind}: {n}"))
     }
+}
+
+fn is_ours(name: &str) -> bool {
+    name.starts_with(PREFIX)
+}
+
+fn output(program: &str, args: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(args).output();
+    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {args:?}: {said}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 fn names(folder: &Path) -> Vec<String> {

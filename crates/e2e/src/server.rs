@@ -15,7 +15,7 @@ use crate::{Api, Cli, paths};
 const PATIENCE_UP: Duration = Duration::from_secs(240);
 const PATIENCE_DOWN: Duration = Duration::from_secs(60);
 
-/// A running server. Dropped, it is killed; what it left is the next one's to adopt.
+/// A running server. Dropped, as when a test fails, it is killed, and its sandboxes with it.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
@@ -62,7 +62,9 @@ impl Server {
         let logs = paths::data_root().join("logs");
         fs::create_dir_all(&logs).expect("a folder for logs");
         let log = logs.join(format!("server-{}.log", address.port()));
-        let output = File::create(&log).expect("a log file");
+        let said = log.with_extension("out");
+        let output = File::create(&said).expect("a file for its output");
+        let errors = File::create(&log).expect("a log file");
         let mut command = tokio::process::Command::new("setpriv");
         crate::cli::clean(&mut command);
         let mut command: Command = command.into_std();
@@ -73,8 +75,8 @@ impl Server {
             .arg(data_dir)
             .args(args)
             .stdin(Stdio::null())
-            .stdout(output.try_clone().expect("a second handle"))
-            .stderr(output);
+            .stdout(output)
+            .stderr(errors);
         let child = command.spawn().expect("setpriv and wrenn start");
         Server {
             child,
@@ -117,8 +119,14 @@ impl Server {
         }
     }
 
-    /// What it printed so far.
+    /// What it printed so far: its log, then its words for people.
     pub fn log(&self) -> String {
+        let said = fs::read_to_string(self.log.with_extension("out")).unwrap_or_default();
+        self.stderr() + &said
+    }
+
+    /// Its log alone.
+    pub fn stderr(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
@@ -140,6 +148,17 @@ impl Server {
     /// Its data folder.
     pub fn data_dir(&self) -> &Path {
         &self.data_dir
+    }
+
+    /// The folder of a sandbox's machine, while there is one. Machines have names of their
+    /// own; a journal in the folder says whose it is.
+    pub fn machine_folder(&self, sandbox: &str) -> Option<PathBuf> {
+        let machines = fs::read_dir(self.data_dir.join("machines")).ok()?;
+        let is_its = |folder: &PathBuf| {
+            let journal = fs::read_to_string(folder.join("sandbox.json"));
+            journal.is_ok_and(|journal| journal.contains(sandbox))
+        };
+        machines.flatten().map(|entry| entry.path()).find(is_its)
     }
 
     /// A client of its API.
@@ -184,9 +203,15 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
-            // Both can only fail when it has ended in this moment, which is as good.
+            // These can only fail when it has ended in this moment, which is as good.
             let _ = self.child.kill();
             let _ = self.child.wait();
+            let _ = Command::new(paths::wrenn_binary())
+                .args(["down", "--destroy", "--data-dir"])
+                .arg(&self.data_dir)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
         }
     }
 }

@@ -91,10 +91,14 @@ pub(crate) async fn g09_an_unused_sandbox_expires_and_a_used_one_does_not(server
     }
     assert!(!api.is_running(&unused).await, "4 s without use are over");
     assert!(api.is_running(&used).await, "it was used every second");
+    assert!(
+        server.machine_folder(&used).is_some(),
+        "control: a machine in use has its folder"
+    );
     eventually(
         "the machine of an expired sandbox is gone",
         Duration::from_secs(20),
-        || async { (!server.data_dir().join("machines").join(&unused).exists()).then_some(()) },
+        || async { server.machine_folder(&unused).is_none().then_some(()) },
     )
     .await;
     api.destroy(&used).await;

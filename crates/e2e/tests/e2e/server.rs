@@ -35,7 +35,7 @@ struct Marked {
 impl Marked {
     async fn create(api: &Api) -> Marked {
         let id = api.create(&json!({"timeout_sec": 600})).await;
-        let body = json!({"cmd": "/bin/sh", "args": ["-c", "while :; do date +%s%N > beat; sleep 0.2; done"],
+        let body = json!({"cmd": "/bin/sh", "args": ["-c", "while :; do date +%s%N > new; mv new beat; sleep 0.2; done"],
                           "background": true});
         let started = api
             .post(&format!("/v1/sandboxes/{id}/exec"), &body)
@@ -162,9 +162,9 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed(data_dir: &Path) {
     let server = Server::start(data_dir).await;
     let api = server.api();
     let id = api.create(&json!({})).await;
-    let journal = data_dir.join("machines").join(&id).join("machine.json");
-    let journal: Value =
-        serde_json::from_slice(&fs::read(&journal).expect("the machine's journal")).expect("JSON");
+    let folder = server.machine_folder(&id).expect("a machine's folder");
+    let journal = fs::read(folder.join("vm/machine.json")).expect("the machine's journal");
+    let journal: Value = serde_json::from_slice(&journal).expect("JSON");
     let pid = vm_pid(&journal).unwrap_or_else(|| panic!("no pid of QEMU in {journal}"));
     kill_process(pid, Signal::KILL).expect("QEMU is there");
     let seen = eventually(
@@ -181,7 +181,6 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed(data_dir: &Path) {
         seen.contains("signal") || seen.contains("died") || seen.contains("ended"),
         "why? {seen}"
     );
-    let folder = data_dir.join("machines").join(&id);
     eventually(
         "its folder is given back",
         Duration::from_secs(20),
