@@ -198,7 +198,7 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
     let spec = template.clone_spec(&vmm, &dir, 10_121, "parent");
     let machine = vmm.restore(spec).await.unwrap();
     machine.resume().await.unwrap();
-    rounds(&machine, 3).await;
+    console_line(&machine, "id=parent ").await;
     let pid = machine.pids().vmm.pid;
     let mut top = dir.join("disk.qcow2");
     let mut layers = vec![template.layer.clone()];
