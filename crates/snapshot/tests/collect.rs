@@ -215,10 +215,10 @@ fn g18_collecting_beside_saves_merges_and_deletions_loses_nothing() {
                 })
             })
             .collect();
-        for saver in savers {
-            saver.join().unwrap();
-        }
+        let results: Vec<_> = savers.into_iter().map(|saver| saver.join()).collect();
+        // Before any result is looked at: a failure must end the test, not hang it.
         done.store(true, Ordering::Relaxed);
+        results.into_iter().for_each(|result| result.unwrap());
         assert!(collector.join().unwrap() > 3);
     });
     store.collect().unwrap();
