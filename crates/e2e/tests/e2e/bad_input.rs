@@ -29,8 +29,8 @@ pub(crate) async fn requests_are_refused_and_leave_nothing(data_dir: &Path) {
     templates_and_shapes(&api).await;
     ids(&api).await;
     keys(&api, &server).await;
-    bodies(&api, &server).await;
     commands_and_paths(&api, &id).await;
+    bodies(&api, &server).await;
 
     assert_eq!(
         api.running().await.as_slice(),
@@ -212,16 +212,13 @@ async fn bodies(api: &Api, server: &Server) {
     let head = head.split("\r\n\r\n").next().unwrap_or_default().to_owned() + "\r\n\r\n";
     stream.write_all(head.as_bytes()).await.expect("a request");
     let chunk = [b"10000\r\n".as_slice(), &[b' '; 0x10000], b"\r\n"].concat();
-    for _ in 0..64 << 4 {
-        if stream.write_all(&chunk).await.is_err() {
-            break;
-        }
-        if let Ok(Ok(n)) =
-            tokio::time::timeout(Duration::from_millis(1), stream.peek(&mut [0; 1])).await
-        {
-            assert!(n > 0, "it hung up without an answer");
-            break;
-        }
+    // Just over the 2 MiB that a JSON body may have. More would be thrown away unread, and a
+    // connection that is closed over unread bytes takes the answer with it (RFC 9293, 3.10.7).
+    for _ in 0..=32 {
+        stream
+            .write_all(&chunk)
+            .await
+            .expect("the server reads up to its limit");
     }
     let answer = read_head(&mut stream).await;
     assert!(
