@@ -55,7 +55,7 @@ impl ExecSpec {
         {
             return Err(Failure::invalid("a command cannot hold a NUL character"));
         }
-        super::sandboxes::check_envs(&self.envs)?;
+        super::create::check_envs(&self.envs)?;
         Ok(wire::Command {
             cmd: self.cmd,
             args: self.args,

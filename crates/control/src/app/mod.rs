@@ -1,5 +1,6 @@
 //! Use cases: what the API can do, without HTTP. Both HTTP layers only translate.
 
+mod create;
 mod exec;
 mod failure;
 mod files;
@@ -16,12 +17,13 @@ use wrenn_proxy::Proxy;
 use wrenn_store::Store;
 use wrenn_types::{SandboxId, TeamId};
 
+pub(crate) use create::{Clock, CreateSpec, Phase};
 pub(crate) use exec::{ExecDone, ExecSpec, Following, Input, OUTPUT_LIMIT, ProcessEvent, Selector};
 pub(crate) use failure::{Code, Failure, chain};
 pub(crate) use files::Upload;
 pub(crate) use info::template_name;
 pub(crate) use keys::NewApiKey;
-pub(crate) use sandboxes::{Clock, CreateSpec, Destroyed, Phase, Sandbox};
+pub(crate) use sandboxes::{Destroyed, Sandbox};
 
 use crate::ControlConfig;
 use crate::host::{HostClient, HostInfo};
