@@ -82,8 +82,9 @@ impl From<GuestError> for ConnectError {
             GuestError::Refused {
                 status, message, ..
             } => match status.as_u16() {
-                400 | 406 => ConnectError::invalid_argument(message),
-                401 => ConnectError::unauthenticated(message),
+                // 401 as well: the host carries the right token, so what the agent does not
+                // know is the user that the request names.
+                400 | 401 | 406 => ConnectError::invalid_argument(message),
                 403 => ConnectError::permission_denied(message),
                 404 => ConnectError::not_found(message),
                 409 => ConnectError::already_exists(message),

@@ -11,6 +11,8 @@ pub enum Code {
     InvalidRequest,
     /// No valid credential.
     Unauthorized,
+    /// The user in the sandbox may not.
+    Forbidden,
     /// No such thing, or another team's.
     NotFound,
     /// The method does not exist on this path.
@@ -41,6 +43,7 @@ impl Code {
         match self {
             Code::InvalidRequest => "invalid_request",
             Code::Unauthorized => "unauthorized",
+            Code::Forbidden => "forbidden",
             Code::NotFound => "not_found",
             Code::MethodNotAllowed => "method_not_allowed",
             Code::Conflict => "conflict",
@@ -60,6 +63,7 @@ impl Code {
         match self {
             Code::InvalidRequest => 400,
             Code::Unauthorized => 401,
+            Code::Forbidden => 403,
             Code::NotFound => 404,
             Code::MethodNotAllowed => 405,
             Code::Conflict | Code::InvalidState => 409,
@@ -160,6 +164,8 @@ impl From<ConnectError> for Failure {
     fn from(error: ConnectError) -> Self {
         let code = match error.code {
             ErrorCode::InvalidArgument | ErrorCode::OutOfRange => Code::InvalidRequest,
+            // The host vouches for itself: what is not permitted is so for the guest's user.
+            ErrorCode::PermissionDenied => Code::Forbidden,
             ErrorCode::NotFound => Code::NotFound,
             ErrorCode::AlreadyExists => Code::Conflict,
             ErrorCode::FailedPrecondition | ErrorCode::Aborted => Code::InvalidState,

@@ -21,7 +21,7 @@ pub(crate) use create::{Clock, CreateSpec, Phase};
 pub(crate) use exec::{ExecDone, ExecSpec, Following, Input, OUTPUT_LIMIT, ProcessEvent, Selector};
 pub(crate) use failure::{Code, Failure, chain};
 pub(crate) use files::Upload;
-pub(crate) use info::template_name;
+pub(crate) use info::{DEFAULT_TEMPLATE, template_name};
 pub(crate) use keys::NewApiKey;
 pub(crate) use sandboxes::{Destroyed, Sandbox};
 

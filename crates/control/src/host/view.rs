@@ -81,6 +81,13 @@ pub struct HostInfo {
 }
 
 impl HostInfo {
+    /// Whether the template is loaded, so that a sandbox starts from it without a boot. One
+    /// that is only an image so far has no digest.
+    pub fn can_start(&self, template: &str) -> bool {
+        let found = self.templates.get(template);
+        found.is_some_and(|template| !template.digest.is_empty())
+    }
+
     /// The largest machine this host can run at all.
     pub fn limits(&self) -> ShapeLimits {
         let mib = u32::try_from(self.raw.memory_bytes >> 20).unwrap_or(u32::MAX);

@@ -24,10 +24,18 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
         let path = request.uri().path().to_owned();
+        let too_large = || {
+            let mib = super::BODY_LIMIT >> 20;
+            Failure::new(Code::TooLarge, format!("the body is larger than {mib} MiB"))
+        };
+        // One that says so itself is not waited for.
+        let announced = http_body::Body::size_hint(request.body()).lower();
+        if announced > super::BODY_LIMIT as u64 {
+            return Err(ApiError(too_large()));
+        }
         let bytes = Bytes::from_request(request, state).await.map_err(|e| {
             ApiError(if e.status() == StatusCode::PAYLOAD_TOO_LARGE {
-                let mib = super::BODY_LIMIT >> 20;
-                Failure::new(Code::TooLarge, format!("the body is larger than {mib} MiB"))
+                too_large()
             } else {
                 Failure::invalid(format!("the body could not be read: {}", e.body_text()))
             })

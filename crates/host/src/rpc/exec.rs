@@ -44,6 +44,15 @@ fn missing(what: &str) -> ConnectError {
     ConnectError::invalid_argument(format!("the request lacks its {what}"))
 }
 
+/// What the guest agent's refusal means to whoever asked the host: it knows the host's
+/// token, so "unauthenticated" is about the user that the command names.
+fn refused(mut error: ConnectError) -> ConnectError {
+    if error.code == ErrorCode::Unauthenticated {
+        error.code = ErrorCode::InvalidArgument;
+    }
+    error
+}
+
 fn start_request(command: &rpc::Command, stdin: bool) -> envd::StartRequest {
     envd::StartRequest {
         process: envd::ProcessConfig {
@@ -167,7 +176,8 @@ impl HostRpc {
         let processes = live.guest.processes();
         let start = start_request(command, request.stdin.is_some());
         let options = start_options(&command.user, request.timeout_ms);
-        let mut stream = processes.start_with_options(start, options).await?;
+        let started_stream = processes.start_with_options(start, options).await;
+        let mut stream = started_stream.map_err(refused)?;
         let mut stdin = request.stdin;
         let (mut out, mut err) = (Collected::default(), Collected::default());
         let mut ended = None;
@@ -180,7 +190,7 @@ impl HostRpc {
                     timed_out = true;
                     break;
                 }
-                Err(e) => return Err(e),
+                Err(e) => return Err(refused(e)),
             };
             match message
                 .to_owned_message()
@@ -249,11 +259,12 @@ impl HostRpc {
             .into();
         }
         let options = start_options(&command.user, request.timeout_ms);
-        let mut stream = live
+        let started = live
             .guest
             .processes()
             .start_with_options(start, options)
-            .await?;
+            .await;
+        let mut stream = started.map_err(refused)?;
         let (sender, receiver) = mpsc::channel(FOLLOW_BUFFER);
         let in_use = handle.clone();
         tokio::spawn(async move {
@@ -472,7 +483,7 @@ async fn pass_on(
         Ok(None) => false,
         Err(error) => {
             // Whoever left does not want to know.
-            let _ = sender.send(Err(error)).await;
+            let _ = sender.send(Err(refused(error))).await;
             false
         }
     }

@@ -1,7 +1,7 @@
 //! Creating, ending and describing sandboxes, and the host itself.
 
 use connectrpc::ConnectError;
-use wrenn_types::{AccessToken, Shape};
+use wrenn_types::{AccessToken, MemoryMib, Shape, Vcpus};
 use wrenn_wire::wrenn::host::v1 as rpc;
 
 use super::{HostRpc, bad_shape, sandbox_id};
@@ -170,7 +170,6 @@ impl HostRpc {
         let disk_available_bytes = read("disk", disk)?;
         let fits = capacity::fits(Shape::DEFAULT, memory_available_bytes, disk_available_bytes);
         let vmm = parts.site.vmm.info();
-        let templates = parts.templates.list();
         Ok(rpc::GetInfoResponse {
             host_id: parts.config.host_id.to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -184,18 +183,45 @@ impl HostRpc {
             sandboxes: u32::try_from(parts.manager.alive()).unwrap_or(u32::MAX),
             sandboxes_fit: u32::try_from(fits).unwrap_or(u32::MAX),
             pool_ready: u32::try_from(parts.pool.ready()).unwrap_or(u32::MAX),
-            templates: templates
-                .iter()
-                .map(|template| rpc::TemplateInfo {
-                    name: template.manifest.name.clone(),
-                    digest: template.digest.clone(),
-                    vcpus: template.manifest.shape.vcpus.0,
-                    memory_mib: template.manifest.shape.memory.0,
-                    disk_mib: template.manifest.disk_bytes >> 20,
-                    ..Default::default()
-                })
-                .collect(),
+            templates: self.templates(),
             ..Default::default()
         })
+    }
+
+    /// What can be started: templates that are loaded, and images that a first create makes
+    /// one of. The default shape of a name comes first.
+    fn templates(&self) -> Vec<rpc::TemplateInfo> {
+        let loaded = self.0.templates.list();
+        let mut templates: Vec<_> = loaded
+            .iter()
+            .map(|template| rpc::TemplateInfo {
+                name: template.manifest.name.clone(),
+                digest: template.digest.clone(),
+                vcpus: template.manifest.shape.vcpus.0,
+                memory_mib: template.manifest.shape.memory.0,
+                disk_mib: template.manifest.disk_bytes >> 20,
+                ..Default::default()
+            })
+            .collect();
+        for name in self.0.templates.names() {
+            let usual = |t: &rpc::TemplateInfo| t.name == name && shape_of(t) == Shape::DEFAULT;
+            if !templates.iter().any(usual) {
+                templates.push(rpc::TemplateInfo {
+                    name,
+                    vcpus: Shape::DEFAULT.vcpus.0,
+                    memory_mib: Shape::DEFAULT.memory.0,
+                    ..Default::default()
+                });
+            }
+        }
+        templates.sort_by_key(|t| (t.name.clone(), shape_of(t) != Shape::DEFAULT));
+        templates
+    }
+}
+
+fn shape_of(template: &rpc::TemplateInfo) -> Shape {
+    Shape {
+        vcpus: Vcpus(template.vcpus),
+        memory: MemoryMib(template.memory_mib),
     }
 }

@@ -1,7 +1,7 @@
 //! The owner of one sandbox: a task that starts its machine, answers life-cycle requests
 //! one after the other, watches the machine and the clock, and gives everything back.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -60,6 +60,15 @@ pub struct Live {
     pub phases: Phases,
 }
 
+/// A machine's way in, for as long as it has one: an ended sandbox is remembered for its
+/// reason, and must hold no connection or descriptor of what is gone.
+type SharedLive = Arc<RwLock<Option<Arc<Live>>>>;
+
+fn set_live(shared: &SharedLive, live: Option<Live>) {
+    // A pointer is replaced; that is whole or not done.
+    *shared.write().unwrap_or_else(PoisonError::into_inner) = live.map(Arc::new);
+}
+
 /// Everybody's end of a sandbox.
 pub struct Handle {
     /// Which sandbox.
@@ -69,7 +78,7 @@ pub struct Handle {
     /// Its use.
     pub activity: Arc<Activity>,
     view: watch::Receiver<View>,
-    live: Arc<OnceLock<Live>>,
+    live: SharedLive,
     requests: mpsc::Sender<Request>,
 }
 
@@ -89,22 +98,23 @@ impl Handle {
         seen.map_or_else(|_| self.view(), |view| view.clone())
     }
 
-    /// Its machine, once it has one.
-    pub fn live(&self) -> Option<&Live> {
-        self.live.get()
+    /// Its machine, while it has one.
+    pub fn live(&self) -> Option<Arc<Live>> {
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        live.clone()
     }
 
     /// Its machine, when it is running.
-    pub fn running(&self) -> Result<&Live, SandboxError> {
+    pub fn running(&self) -> Result<Arc<Live>, SandboxError> {
         let state = self.view.borrow().state;
-        match self.live.get() {
+        match self.live() {
             Some(live) if state == SandboxState::Running => Ok(live),
             _ => Err(SandboxError::NotRunning { id: self.id, state }),
         }
     }
 
     /// Its machine when it is running, in use until the guard is dropped.
-    pub fn in_use(&self) -> Result<(&Live, InUse), SandboxError> {
+    pub fn in_use(&self) -> Result<(Arc<Live>, InUse), SandboxError> {
         Ok((self.running()?, self.activity.begin()))
     }
 
@@ -150,7 +160,7 @@ pub struct Owner {
     id: SandboxId,
     common: Arc<Common>,
     view: watch::Sender<View>,
-    live: Arc<OnceLock<Live>>,
+    live: SharedLive,
     activity: Arc<Activity>,
     requests: mpsc::Receiver<Request>,
 }
@@ -173,7 +183,7 @@ impl Owner {
         });
         let (sender, requests) = mpsc::channel(32);
         let activity = Activity::since(SystemTime::now());
-        let live = Arc::new(OnceLock::new());
+        let live = SharedLive::default();
         let handle = Handle {
             id,
             template: template.to_owned(),
@@ -239,8 +249,7 @@ impl Owner {
             token,
             phases,
         };
-        // An owner publishes once in its life, before it first runs.
-        let _ = self.live.set(live);
+        set_live(&self.live, Some(live));
     }
 
     fn set(&self, state: SandboxState, reason: Option<String>) {
@@ -384,6 +393,7 @@ impl Owner {
         };
         tracing::info!(sandbox = %self.id, %state, reason = reason.as_deref(), "ends");
         self.set(SandboxState::Stopping, reason.clone());
+        set_live(&self.live, None);
         machine.give_back(&self.common.site).await;
         self.set(state, reason);
         if let Some(answer) = asked {

@@ -8,7 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::ErrorBody;
-use crate::app::{App, chain};
+use crate::app::{App, DEFAULT_TEMPLATE, chain};
 use crate::auth::Principal;
 use crate::http::ApiError;
 
@@ -90,7 +90,8 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> (StatusCode, axum::Jso
         }
     };
     let host = match app.host_info().await {
-        Ok(_) => "ok".to_owned(),
+        Ok(info) if info.can_start(DEFAULT_TEMPLATE) => "ok".to_owned(),
+        Ok(_) => format!("the template `{DEFAULT_TEMPLATE}` is not loaded yet"),
         Err(e) => e.to_string(),
     };
     let fine = database == "ok" && host == "ok";
