@@ -1,6 +1,8 @@
 //! `wrenn bench …`: what this installation takes for what it does.
 
+mod guest;
 mod machine;
+mod report;
 mod start;
 mod statistics;
 
@@ -13,6 +15,8 @@ use crate::exit::Exit;
 pub(crate) enum Command {
     /// Measure how fast sandboxes start and what they cost while idle
     Start(start::Args),
+    /// Measure the guest agent by itself, as a plain process on this machine
+    Guest(guest::Args),
 }
 
 impl Command {
@@ -20,6 +24,7 @@ impl Command {
     pub(crate) fn json(&self) -> bool {
         match self {
             Command::Start(args) => args.output.json,
+            Command::Guest(args) => args.output.json,
         }
     }
 
@@ -27,6 +32,7 @@ impl Command {
     pub(crate) async fn run(&self, context: &Context) -> Result<Exit, Failure> {
         match self {
             Command::Start(args) => start::run(args, context).await,
+            Command::Guest(args) => guest::run(args, context).await,
         }
     }
 }

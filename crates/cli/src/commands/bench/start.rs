@@ -10,14 +10,14 @@ use futures::future::join_all;
 use serde_json::{Value, json};
 
 use super::machine;
-use super::statistics::Sample;
+use super::report::{self, Phase, Unit, load_average};
 use crate::args::OutputArgs;
 use crate::client::{Client, ClientError, Command, CreateRequest, ExecEvent};
 use crate::commands::Context;
 use crate::commands::sandbox::kill::destroy_all;
 use crate::error::Failure;
 use crate::exit::Exit;
-use crate::output::{Table, Tone, bytes, milliseconds, with_spinner};
+use crate::output::{Table, with_spinner};
 use crate::signals::Signals;
 
 /// What is said of a sandbox where nothing else is.
@@ -56,82 +56,6 @@ pub(crate) struct Args {
     idle: u64,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-}
-
-/// How a phase's numbers are to be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unit {
-    Milliseconds,
-    Bytes,
-    PercentOfCore,
-}
-
-impl Unit {
-    fn show(self, value: f64) -> String {
-        match self {
-            Unit::Milliseconds => milliseconds(Duration::from_secs_f64(value.max(0.0) / 1000.0)),
-            Unit::Bytes => bytes(value.max(0.0) as u64),
-            Unit::PercentOfCore => format!("{value:.2} %"),
-        }
-    }
-
-    const fn word(self) -> &'static str {
-        match self {
-            Unit::Milliseconds => "ms",
-            Unit::Bytes => "bytes",
-            Unit::PercentOfCore => "percent_of_core",
-        }
-    }
-}
-
-/// One line of the table.
-#[derive(Debug)]
-struct Phase {
-    name: String,
-    unit: Unit,
-    sample: Sample,
-    target: Option<f64>,
-    /// Why there are no numbers.
-    missing: Option<String>,
-}
-
-impl Phase {
-    fn new(name: impl Into<String>, unit: Unit, values: Vec<f64>, target: Option<f64>) -> Self {
-        Phase {
-            name: name.into(),
-            unit,
-            sample: Sample::new(values),
-            target,
-            missing: None,
-        }
-    }
-
-    fn missing(name: &str, unit: Unit, target: Option<f64>, why: String) -> Self {
-        Phase {
-            missing: Some(why),
-            ..Phase::new(name, unit, Vec::new(), target)
-        }
-    }
-
-    /// Whether the median keeps the target; `None` where one of them is missing.
-    fn met(&self) -> Option<bool> {
-        Some(self.sample.median()? <= self.target?)
-    }
-
-    fn to_json(&self) -> Value {
-        json!({
-            "phase": self.name,
-            "unit": self.unit.word(),
-            "median": self.sample.median(),
-            "p95": self.sample.p95(),
-            "min": self.sample.quantile(0.0),
-            "max": self.sample.quantile(1.0),
-            "n": self.sample.n(),
-            "target": self.target,
-            "met": self.met(),
-            "missing": self.missing,
-        })
-    }
 }
 
 /// Everything that was measured.
@@ -489,47 +413,9 @@ fn on_the_host(error: &std::io::Error) -> String {
     format!("needs root on the server's host ({error})")
 }
 
-fn load_average() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
-    Some(
-        text.split_whitespace()
-            .take(3)
-            .collect::<Vec<_>>()
-            .join(" "),
-    )
-}
-
 fn show(results: &Results, conditions: &Value, context: &Context) {
     let printer = &context.printer;
-    let mut table = Table::new(["PHASE", "MEDIAN", "P95", "N", "TARGET", ""]).right([1, 2, 3, 4]);
-    for phase in &results.phases {
-        let value = |value: Option<f64>| {
-            value
-                .map(|value| phase.unit.show(value))
-                .unwrap_or_else(|| "-".to_owned())
-        };
-        let (word, tone) = match (phase.met(), &phase.missing) {
-            (_, Some(why)) => (why.clone(), Tone::Dim),
-            (Some(true), None) => ("ok".to_owned(), Tone::Good),
-            (Some(false), None) => ("above target".to_owned(), Tone::Bad),
-            (None, None) => (String::new(), Tone::Plain),
-        };
-        table.row([
-            (phase.name.clone(), Tone::Plain),
-            (value(phase.sample.median()), Tone::Plain),
-            (value(phase.sample.p95()), Tone::Plain),
-            (phase.sample.n().to_string(), Tone::Dim),
-            (
-                phase
-                    .target
-                    .map(|target| phase.unit.show(target))
-                    .unwrap_or_default(),
-                Tone::Dim,
-            ),
-            (word, tone),
-        ]);
-    }
-    printer.table(table);
+    printer.table(report::table(&results.phases));
     if !results.server.is_empty() {
         printer.line("");
         printer.heading("where the server's time goes in create");
@@ -549,39 +435,5 @@ fn show(results: &Results, conditions: &Value, context: &Context) {
         }
         printer.table(table);
     }
-    printer.line("");
-    printer.heading("conditions");
-    let mut table = Table::new([]);
-    if let Value::Object(conditions) = conditions {
-        for (name, value) in conditions {
-            let text = value
-                .as_str()
-                .map_or_else(|| value.to_string(), str::to_owned);
-            table.row([(name.replace('_', " "), Tone::Dim), (text, Tone::Plain)]);
-        }
-    }
-    printer.table(table);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_target_is_met_by_the_median() {
-        let phase = Phase::new(
-            "x",
-            Unit::Milliseconds,
-            vec![100.0, 200.0, 10_000.0],
-            Some(300.0),
-        );
-        assert_eq!(phase.met(), Some(true));
-        assert_eq!(phase.to_json()["median"], 200.0);
-        let phase = Phase::new("x", Unit::Milliseconds, vec![301.0], Some(300.0));
-        assert_eq!(phase.met(), Some(false));
-        assert_eq!(
-            Phase::missing("x", Unit::Bytes, Some(1.0), "why".into()).met(),
-            None
-        );
-    }
+    report::show_conditions(conditions, printer);
 }
