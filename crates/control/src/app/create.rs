@@ -1,0 +1,281 @@
+//! Creating a sandbox, once for each request that asks for it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use connectrpc::{ConnectError, ErrorCode};
+use wrenn_store::{Change, Inserted, NewSandbox, RequestHash, SandboxRow, Timestamp};
+use wrenn_types::{SandboxId, SandboxState, Shape, TeamId};
+use wrenn_wire::wrenn::host::v1 as wire;
+
+use super::sandboxes::{Sandbox, finish, lifetime, options, started, wrong_state};
+use super::{App, Code, Failure};
+use crate::host::HostSandbox;
+
+/// A restore takes a fraction of a second; a machine of a new shape has to be booted first, which
+/// takes its time where processors are emulated.
+const CREATE_WITHIN: Duration = Duration::from_secs(300);
+
+/// Most bytes of a sandbox's environment, names and values together.
+const MAX_ENV_BYTES: usize = 64 * 1024;
+
+/// A step of an operation and how long it took.
+#[derive(Debug, Clone)]
+pub(crate) struct Phase {
+    pub(crate) name: String,
+    pub(crate) took: Duration,
+}
+
+/// Which of the two clocks a new sandbox has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// It ends after so many seconds without use; 0: never.
+    Idle(u32),
+    /// It ends so many seconds from now, used or not.
+    Absolute(u32),
+}
+
+/// What to create.
+#[derive(Debug, Clone)]
+pub(crate) struct CreateSpec {
+    pub(crate) template: Option<String>,
+    pub(crate) vcpus: Option<i64>,
+    pub(crate) memory_mib: Option<i64>,
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) envs: BTreeMap<String, String>,
+    pub(crate) clock: Clock,
+    pub(crate) secure: bool,
+    pub(crate) allow_internet: bool,
+    pub(crate) idempotency: Option<(String, RequestHash)>,
+}
+
+/// A sandbox that was created, now or by the same request before.
+#[derive(Debug)]
+pub(crate) struct Created {
+    pub(crate) sandbox: Sandbox,
+    pub(crate) phases: Vec<Phase>,
+}
+
+impl App {
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        team: TeamId,
+        spec: CreateSpec,
+    ) -> Result<Created, Failure> {
+        if let Some((key, request)) = &spec.idempotency
+            && let Some(known) = self.replay(team, key, *request).await?
+        {
+            return Ok(known);
+        }
+        check_envs(&spec.envs)?;
+        let template = self.template(spec.template.as_deref()).await?;
+        let shape = template
+            .limits
+            .check(
+                Some(spec.vcpus.unwrap_or(i64::from(template.shape.vcpus.0))),
+                Some(
+                    spec.memory_mib
+                        .unwrap_or(i64::from(template.shape.memory.0)),
+                ),
+            )
+            .map_err(|e| Failure::invalid(e.to_string()))?;
+        let app = Arc::clone(self);
+        let name = template.name;
+        finish(tokio::spawn(async move {
+            app.bring_up(team, name, shape, spec).await
+        }))
+        .await
+    }
+
+    async fn bring_up(
+        &self,
+        team: TeamId,
+        template: String,
+        shape: Shape,
+        spec: CreateSpec,
+    ) -> Result<Created, Failure> {
+        let begun = Instant::now();
+        let now = Timestamp::now();
+        let id = SandboxId::new();
+        let (idle_timeout_secs, end_at) = match spec.clock {
+            Clock::Idle(secs) => (secs, None),
+            Clock::Absolute(secs) => (0, Some(now.plus_secs(i64::from(secs)))),
+        };
+        let _claim = self.busy.claim(id);
+        let new = NewSandbox {
+            id,
+            team,
+            template: template.clone(),
+            shape,
+            metadata: spec.metadata,
+            idle_timeout_secs,
+            end_at,
+            secure: spec.secure,
+            allow_internet: spec.allow_internet,
+            idempotency: spec.idempotency.clone(),
+        };
+        let row = match self.store.insert_sandbox(new, now).await? {
+            Inserted::New(row) => *row,
+            Inserted::KeyTaken => {
+                // The same request came twice at the same time and the other one was first.
+                let (key, request) = spec
+                    .idempotency
+                    .unwrap_or_else(|| (String::new(), RequestHash([0; 32])));
+                let known = self.replay(team, &key, request).await?;
+                return known.ok_or_else(in_progress);
+            }
+        };
+        let stored = begun.elapsed();
+        let request = wire::CreateSandboxRequest {
+            sandbox_id: id.to_string(),
+            template,
+            vcpus: spec.vcpus.map_or(0, |_| shape.vcpus.0),
+            memory_mib: spec.memory_mib.map_or(0, |_| shape.memory.0),
+            envs: spec.envs.into_iter().collect(),
+            lifetime: lifetime(idle_timeout_secs, end_at).into(),
+            allow_internet: spec.allow_internet,
+            secure: spec.secure,
+            ..Default::default()
+        };
+        let asked = self
+            .host
+            .create_sandbox_with_options(request, options(CREATE_WITHIN))
+            .await;
+        let reply = match asked {
+            Ok(reply) => reply.into_owned(),
+            Err(e) => return Err(self.give_up(&row, e).await),
+        };
+        let mut phases = vec![Phase {
+            name: "store".to_owned(),
+            took: stored,
+        }];
+        phases.extend(reply.phases.iter().map(|p| Phase {
+            name: p.name.clone(),
+            took: Duration::from_micros(p.micros),
+        }));
+        let live = HostSandbox::try_from(reply.sandbox.into_option().unwrap_or_default())?;
+        let started = started(&live, self.recent_host().await);
+        match self
+            .store
+            .change_state(&row, SandboxState::Running, started, Timestamp::now())
+            .await?
+        {
+            Some(row) => {
+                phases.push(Phase {
+                    name: "total".to_owned(),
+                    took: begun.elapsed(),
+                });
+                Ok(Created {
+                    sandbox: Sandbox {
+                        row,
+                        live: Some(live),
+                    },
+                    phases,
+                })
+            }
+            None => {
+                // Ended while it started; whoever did that may have asked the host too early.
+                self.end_on_host(id).await?;
+                let row = self.store.any_sandbox(id).await?.unwrap_or(row);
+                Err(wrong_state(&row, "running"))
+            }
+        }
+    }
+
+    pub(super) async fn recent_host(&self) -> Option<wrenn_types::HostId> {
+        let info = self.info.lock().await;
+        info.as_ref().and_then(|(_, info)| info.id)
+    }
+
+    /// Writes down that a sandbox could not be made, and makes sure that nothing of it is left.
+    async fn give_up(&self, row: &SandboxRow, error: ConnectError) -> Failure {
+        let refused = matches!(
+            error.code,
+            ErrorCode::InvalidArgument
+                | ErrorCode::NotFound
+                | ErrorCode::ResourceExhausted
+                | ErrorCode::FailedPrecondition
+                | ErrorCode::Unimplemented
+        );
+        let failure = Failure::from(error);
+        if !refused && let Err(e) = self.end_on_host(row.id).await {
+            tracing::warn!(sandbox = %row.id, error = %e, "what was left of it could not be ended yet");
+        }
+        let change = Change {
+            reason: Some(failure.message.clone()),
+            ..Change::default()
+        };
+        let now = Timestamp::now();
+        let noted = self
+            .store
+            .change_state(row, SandboxState::Error, change, now)
+            .await;
+        let forgotten = self.store.forget_idempotency(row.id).await;
+        if let Err(e) = noted.map(|_| ()).and(forgotten) {
+            return Failure::from(e);
+        }
+        failure
+    }
+
+    /// The sandbox that the same request made before.
+    async fn replay(
+        &self,
+        team: TeamId,
+        key: &str,
+        request: RequestHash,
+    ) -> Result<Option<Created>, Failure> {
+        let Some(known) = self
+            .store
+            .remembered(team, key, request, Timestamp::now())
+            .await?
+        else {
+            return Ok(None);
+        };
+        if !known.same_request {
+            return Err(Failure::new(
+                Code::Conflict,
+                "this Idempotency-Key was used for another request; choose a new one",
+            )
+            .with_e2b("idempotency_request_mismatch"));
+        }
+        let sandbox = self.get(team, known.sandbox).await?;
+        if sandbox.row.state == SandboxState::Starting {
+            return Err(in_progress());
+        }
+        Ok(Some(Created {
+            sandbox,
+            phases: Vec::new(),
+        }))
+    }
+}
+
+fn in_progress() -> Failure {
+    Failure::new(
+        Code::Conflict,
+        "a request with this Idempotency-Key is still under way; repeat it in a moment",
+    )
+    .with_e2b("idempotency_request_in_progress")
+}
+
+pub(crate) fn check_envs(envs: &BTreeMap<String, String>) -> Result<(), Failure> {
+    let bytes: usize = envs
+        .iter()
+        .map(|(name, value)| name.len() + value.len())
+        .sum();
+    if bytes > MAX_ENV_BYTES {
+        return Err(Failure::invalid(format!(
+            "the environment has {bytes} bytes; at most {MAX_ENV_BYTES} are allowed"
+        )));
+    }
+    for (name, value) in envs {
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            let shown: String = name.chars().take(80).collect();
+            return Err(Failure::invalid(format!(
+                "`{shown}` cannot be an environment variable: its name must not be empty or hold `=`, \
+                 and neither name nor value a NUL"
+            )));
+        }
+    }
+    Ok(())
+}
