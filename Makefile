@@ -23,7 +23,7 @@ ifneq ($(shell id -u),0)
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help run build test test-long e2e check fmt fmt-check lint python node proto guarantees deny clean
+.PHONY: help run build test test-long e2e check fmt fmt-check lint python node fuzz proto guarantees deny clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -46,6 +46,11 @@ test-long: test ## The same with the long forms: 1,000 cycles instead of 50, and
 
 e2e: build python node ## Only the tests end to end (ONLY=name: those whose name has it)
 	$(CARGO) test $(FLAGS) --workspace --test e2e -- $(ONLY)
+
+# Seconds for each target.
+FUZZ_SECONDS ?= 15
+fuzz: packages-test ## Feed the parsers with nonsense (FUZZ_SECONDS=3600: for longer)
+	scripts/fuzz.sh $(FUZZ_SECONDS)
 
 check: fmt-check lint ## Formatting and lints, the quick half of `make test`
 

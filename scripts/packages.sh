@@ -18,6 +18,7 @@ for_run=(
     "ca-certificates  trusts Debian's mirrors and crates.io"
 )
 for_test=(
+    "g++              compiles libFuzzer for the fuzz targets"
     "python3          runs E2B's published client"
     "python3-venv     gives that client a folder of its own"
     "qemu-utils       checks our disk images with QEMU's own tools"
