@@ -141,7 +141,7 @@ mod tests {
         let printed = format!("{key:?} {token:?}");
         assert!(!printed.contains(&key.reveal()[12..]));
         assert!(!printed.contains(token.reveal()));
-        assert!(token.matches(&token.reveal().to_owned()));
+        assert!(token.matches(token.reveal()));
         assert!(!token.matches("") && !token.matches(&token.reveal()[1..]));
     }
 }
