@@ -32,6 +32,8 @@ use crate::http::ApiError;
 const AUTH_WITHIN: Duration = Duration::from_secs(5);
 /// So must what to do.
 const START_WITHIN: Duration = Duration::from_secs(30);
+/// How long a client may take to answer our close.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 /// A sign of life for what lies between, and for G9: an open terminal is use.
 const PING_EVERY: Duration = Duration::from_secs(30);
 /// Largest message from a client.
@@ -205,14 +207,27 @@ impl Session {
         {
             return;
         }
-        let (sink, stream) = self.socket.split();
+        let (sink, mut stream) = self.socket.split();
         // Room for a few complaints; further ones wait for the client to read.
         let (complain, complaints) = mpsc::channel(4);
-        tokio::select! {
-            () = output(sink, following, kind, complaints) => {}
-            () = input(&self.place.app, row, Selector::Pid(pid), kind, stream, complain) => {}
+        let process = Selector::Pid(pid);
+        let closed = tokio::select! {
+            () = output(sink, following, kind, complaints) => true,
+            () = input(&self.place.app, row, process, kind, &mut stream, complain) => false,
+        };
+        if closed {
+            hear_out(&mut stream).await;
         }
     }
+}
+
+/// After our close, reads until the client has answered it. Were the connection dropped while
+/// input is still on its way, the kernel would reset it, and the client would lose what it has
+/// not read yet: the exit of its program.
+async fn hear_out(stream: &mut SplitStream<WebSocket>) {
+    let rest = async { while let Some(Ok(_)) = stream.next().await {} };
+    // A client that does not answer loses nothing it would still read.
+    let _ = tokio::time::timeout(CLOSE_WITHIN, rest).await;
 }
 
 async fn started(place: &Place, following: &mut Following) -> Result<(SandboxRow, u32), Failure> {
@@ -320,12 +335,12 @@ async fn input(
     row: SandboxRow,
     process: Selector,
     kind: Kind,
-    mut stream: SplitStream<WebSocket>,
+    stream: &mut SplitStream<WebSocket>,
     complain: mpsc::Sender<Failure>,
 ) {
     let terminal = matches!(kind, Kind::Terminal { .. });
     loop {
-        let input = match read(&mut stream).await {
+        let input = match read(stream).await {
             Ok(None) => return,
             Ok(Some(Received::Message(message))) => message.input(terminal),
             Ok(Some(Received::Bytes(bytes))) if terminal => Ok(Some(Input::Terminal(bytes))),
