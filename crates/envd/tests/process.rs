@@ -562,7 +562,11 @@ async fn g28_many_short_programs_leave_nothing() {
     times.sort();
     // Clients pool connections as they like, and the port scanner reads now and then; a
     // descriptor lost per program would be three hundred.
-    assert!(envd.descriptors() <= before + 3, "{} were {before}", envd.descriptors());
+    assert!(
+        envd.descriptors() <= before + 3,
+        "{} were {before}",
+        envd.descriptors()
+    );
     assert_eq!(envd.children(), "");
     let list = clients[0]
         .list(wire::ListRequest::default())
