@@ -41,6 +41,8 @@ impl Store {
             .busy_timeout(BUSY);
         let writer = SqlitePoolOptions::new()
             .max_connections(1)
+            .idle_timeout(None)
+            .max_lifetime(None)
             .connect_with(options.clone())
             .await
             .map_err(opened)?;
@@ -52,7 +54,12 @@ impl Store {
                 source,
             })?;
         let readers = SqlitePoolOptions::new()
+            // All from the start and for good: connections to a file do not go stale, and a
+            // number of descriptors that stays shows when some are lost.
             .max_connections(READERS)
+            .min_connections(READERS)
+            .idle_timeout(None)
+            .max_lifetime(None)
             .connect_with(options.read_only(true))
             .await
             .map_err(opened)?;
