@@ -1,4 +1,5 @@
-//! What the host says of this machine beside its memory: QEMU's fw_cfg.
+//! What the host says of this machine beside its memory: QEMU's fw_cfg, or where there is
+//! none, Firecracker's metadata service.
 //!
 //! Memory and disk of a clone are those of its template; the file
 //! `opt/wrenn/restore` is the clone's own. It is the one thing that a restored agent can
@@ -7,13 +8,18 @@
 
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::mmds;
+
 use crate::auth::token::hash_matches;
 
+/// There on every QEMU whose fw_cfg the kernel knows.
+const FW_CFG_DEVICE: &str = "/sys/firmware/qemu_fw_cfg";
 const FW_CFG: &str = "/sys/firmware/qemu_fw_cfg/by_name/opt/wrenn/restore/raw";
 /// Bytes at first; the file is padded with NULs, and reading it is slow under emulation.
 const HEAD: usize = 512;
@@ -24,8 +30,9 @@ const SIZE: usize = 4096;
 #[derive(Clone, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct Identity {
-    /// Random and new with each restore.
-    #[serde(rename = "restoreID")]
+    /// Random and new with each restore. The metadata service may lack it: there the token's
+    /// hash is as new.
+    #[serde(rename = "restoreID", default)]
     pub restore_id: String,
     /// The sandbox, as far as the host knew it then.
     #[serde(rename = "instanceID", default)]
@@ -39,6 +46,14 @@ pub struct Identity {
 }
 
 impl Identity {
+    fn with_restore_id(mut self) -> Option<Identity> {
+        if self.restore_id.is_empty() {
+            self.restore_id.clone_from(&self.access_token_hash);
+        }
+        // Without either, nothing tells this restore from another.
+        (!self.restore_id.is_empty()).then_some(self)
+    }
+
     /// Whether this token may initialise the machine.
     pub fn trusts(&self, token: &[u8]) -> bool {
         !self.access_token_hash.is_empty() && hash_matches(token, &self.access_token_hash)
@@ -56,24 +71,42 @@ impl std::fmt::Debug for Identity {
 /// Where the identity is read.
 #[derive(Debug)]
 pub(super) struct Source {
-    path: Option<PathBuf>,
+    channel: Channel,
+}
+
+#[derive(Debug)]
+enum Channel {
+    /// Outside a VM.
+    None,
+    FwCfg(PathBuf),
+    Mmds(SocketAddr),
 }
 
 impl Source {
     pub(super) fn new(in_vm: bool) -> Source {
-        Source {
-            path: in_vm.then(|| PathBuf::from(FW_CFG)),
-        }
+        let channel = if !in_vm {
+            Channel::None
+        } else if Path::new(FW_CFG_DEVICE).exists() {
+            Channel::FwCfg(PathBuf::from(FW_CFG))
+        } else {
+            Channel::Mmds(mmds::ADDRESS)
+        };
+        Source { channel }
     }
 
     /// The identity now; `None` where the machine has none.
     pub(super) fn read(&self) -> Option<Identity> {
-        let path = self.path.as_ref()?;
-        match read(path) {
-            Ok(identity) => Some(identity),
+        let read = match &self.channel {
+            Channel::None => return None,
+            Channel::FwCfg(path) => read(path),
+            Channel::Mmds(address) => mmds::document(*address)
+                .and_then(|json| serde_json::from_slice(&json).map_err(io::Error::other)),
+        };
+        match read {
+            Ok(identity) => identity.with_restore_id(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
-                tracing::error!(path = %path.display(), %error, "cannot read this machine's identity");
+                tracing::error!(channel = ?self.channel, %error, "cannot read this machine's identity");
                 None
             }
         }
@@ -111,7 +144,7 @@ mod tests {
             bytes.resize(SIZE, 0);
             std::fs::write(&dir, &bytes).unwrap();
             let source = Source {
-                path: Some(dir.clone()),
+                channel: Channel::FwCfg(dir.clone()),
             };
             let identity = source.read().unwrap();
             assert_eq!(
@@ -125,13 +158,40 @@ mod tests {
         std::fs::write(&dir, b"{}").unwrap();
         assert!(
             Source {
-                path: Some(dir.clone())
+                channel: Channel::FwCfg(dir.clone())
             }
             .read()
             .is_none()
         );
         std::fs::remove_file(&dir).unwrap();
-        assert!(Source { path: Some(dir) }.read().is_none());
+        assert!(
+            Source {
+                channel: Channel::FwCfg(dir)
+            }
+            .read()
+            .is_none()
+        );
         assert!(Source::new(false).read().is_none());
+    }
+
+    #[test]
+    fn firecracker_tells_by_its_metadata_service() {
+        let address = super::super::mmds::tests::fake(
+            r#"{"instanceID":"sb-2","envID":"minimal","accessTokenHash":"9f8c5a0e","other":{"a":1}}"#,
+        );
+        let source = Source {
+            channel: Channel::Mmds(address),
+        };
+        let identity = source.read().unwrap();
+        assert_eq!(
+            (identity.instance_id.as_str(), identity.restore_id.as_str()),
+            ("sb-2", "9f8c5a0e")
+        );
+        assert!(!identity.trusts(b"token"), "another token's hash");
+        let address = super::super::mmds::tests::fake(r#"{"envID":"minimal"}"#);
+        let source = Source {
+            channel: Channel::Mmds(address),
+        };
+        assert!(source.read().is_none(), "nothing tells its restores apart");
     }
 }

@@ -12,6 +12,7 @@ mod guest;
 mod identity;
 mod init;
 mod metrics;
+mod mmds;
 mod snapshot;
 
 use std::sync::Arc;
