@@ -15,6 +15,7 @@ pub mod auth;
 pub mod cgroups;
 pub mod files;
 pub mod filesystem;
+pub mod handover;
 pub mod host;
 pub mod ports;
 pub mod process;

@@ -1,6 +1,8 @@
 //! `envd`, the guest agent.
 
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,8 +10,10 @@ use std::sync::Arc;
 use clap::Parser;
 use rustix::process::{Resource, Rlimit};
 use wrenn_envd::cgroups::{self, Cgroups};
+use wrenn_envd::handover::{Handover, Inheritance};
 use wrenn_envd::host::{self, Host};
 use wrenn_envd::ports::{self, Ports};
+use wrenn_envd::process::ProcessService;
 use wrenn_envd::server::{self, Services};
 use wrenn_envd::state::{Settings, State};
 use wrenn_envd::{sys, users};
@@ -48,6 +52,14 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .init();
     sys::limit_heaps();
+    let (handover, left) = match Handover::receive() {
+        Ok(Some((handover, left))) => (Some(handover), left),
+        Ok(None) => (None, Inheritance::default()),
+        Err(error) => {
+            tracing::error!(%error, "cannot take over from a predecessor");
+            (None, Inheritance::default())
+        }
+    };
     let workers = std::thread::available_parallelism()
         .map_or(1, usize::from)
         .min(MAX_WORKERS);
@@ -56,7 +68,7 @@ fn main() -> ExitCode {
         .enable_all()
         .build();
     let ended = match runtime {
-        Ok(runtime) => runtime.block_on(run(arguments)),
+        Ok(runtime) => runtime.block_on(run(arguments, handover, left)),
         Err(error) => Err(format!("cannot start the runtime: {error}")),
     };
     match ended {
@@ -94,16 +106,33 @@ fn default_user(arguments: &Arguments) -> String {
     GUEST_USER.to_owned()
 }
 
-async fn run(arguments: Arguments) -> Result<(), String> {
+/// The socket of an agent that crashed, or a new one.
+async fn listen(
+    address: SocketAddr,
+    inherited: Option<OwnedFd>,
+) -> Result<tokio::net::TcpListener, String> {
+    if let Some(listener) = inherited {
+        let listener = std::net::TcpListener::from(listener);
+        return tokio::net::TcpListener::from_std(listener)
+            .map_err(|e| format!("cannot go on listening: {e}"));
+    }
+    tokio::net::TcpListener::bind(address)
+        .await
+        .map_err(|e| format!("cannot listen on {address}: {e}; choose another with --port"))
+}
+
+async fn run(
+    arguments: Arguments,
+    handover: Option<Arc<Handover>>,
+    left: Inheritance,
+) -> Result<(), String> {
     let all: IpAddr = if arguments.no_vm {
         Ipv4Addr::LOCALHOST.into()
     } else {
         Ipv4Addr::UNSPECIFIED.into()
     };
     let address = SocketAddr::new(arguments.listen.unwrap_or(all), arguments.port);
-    let listener = tokio::net::TcpListener::bind(address)
-        .await
-        .map_err(|e| format!("cannot listen on {address}: {e}; choose another with --port"))?;
+    let listener = listen(address, left.listener).await?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
     let settings = Settings {
         in_vm: !arguments.no_vm,
@@ -116,7 +145,7 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     } else {
         Cgroups::set_up(Path::new(cgroups::ROOT))
     };
-    let state = State::new(settings, cgroups);
+    let state = State::new(settings, cgroups, handover.clone());
     let in_vm = state.settings.in_vm;
     let ports = Ports::new(ports::Settings {
         address: in_vm.then_some(ports::GUEST_ADDRESS),
@@ -127,12 +156,29 @@ async fn run(arguments: Arguments) -> Result<(), String> {
         ports.start().await;
     }
     let host = Host::new(Arc::clone(&state), ports);
+    let processes = ProcessService::new(Arc::clone(&state));
+    if let Some(handover) = &handover {
+        if let Err(error) = handover.keep_listener(listener.as_fd()) {
+            tracing::warn!(%error, "connections will be refused after a crash");
+        }
+        let restarts = host.resume(left.memory.as_deref()).await;
+        if restarts > 0 || !left.entries.is_empty() {
+            let (adopted, lost) = processes.adopt(handover, left.entries);
+            handover.took_over(restarts, adopted, lost);
+            host.resumed().await;
+        }
+        tokio::spawn(Arc::clone(handover).follow());
+    }
     let router = server::router(Services {
         state,
         host: Arc::clone(&host),
+        processes,
     });
     tracing::info!(%address, version = host::ENVD_VERSION, "listening");
-    println!("{address}");
+    // For who has chosen port 0; nobody need read it.
+    if let Err(error) = writeln!(std::io::stdout(), "{address}") {
+        tracing::debug!(%error, "standard output is closed");
+    }
     let connections = Arc::clone(host.connections());
     server::serve(listener, router, connections, move || {
         host.identity().map(|i| i.restore_id)

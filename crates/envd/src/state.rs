@@ -9,6 +9,7 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use crate::auth::AccessToken;
 use crate::cgroups::Cgroups;
+use crate::handover::Handover;
 
 /// How long a request waits for the end of a freeze.
 pub const FREEZE_WAIT: Duration = Duration::from_secs(5);
@@ -54,6 +55,8 @@ pub struct State {
     pub settings: Settings,
     /// Where programs are born.
     pub cgroups: Cgroups,
+    /// Who keeps what a crash would lose; none outside a guest.
+    pub handover: Option<Arc<Handover>>,
     config: RwLock<Arc<Config>>,
     gate: Arc<tokio::sync::RwLock<()>>,
 }
@@ -65,7 +68,11 @@ pub struct Frozen;
 
 impl State {
     /// The state of a new agent: no token, the settings' default user.
-    pub fn new(settings: Settings, cgroups: Cgroups) -> Arc<State> {
+    pub fn new(
+        settings: Settings,
+        cgroups: Cgroups,
+        handover: Option<Arc<Handover>>,
+    ) -> Arc<State> {
         let config = Config {
             default_user: settings.default_user.clone(),
             ..Config::default()
@@ -73,6 +80,7 @@ impl State {
         Arc::new(State {
             settings,
             cgroups,
+            handover,
             config: RwLock::new(Arc::new(config)),
             gate: Arc::default(),
         })

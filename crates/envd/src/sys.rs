@@ -302,6 +302,26 @@ unsafe fn run(shared: &Shared) -> (Step, c_int) {
     }
 }
 
+/// A descriptor that whoever started us has left open under this number; closed for those
+/// that we start.
+///
+/// # Errors
+/// There is none.
+pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    if number < 3 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the number is only used if it names an open descriptor. We are told of it by
+    // who started us, before we have opened any of our own, so nobody else owns it.
+    let fd = unsafe {
+        if libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(number)
+    };
+    Ok(fd)
+}
+
 /// Registers a descriptor with the runtime; must be called within one.
 ///
 /// # Errors

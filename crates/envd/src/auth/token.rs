@@ -20,8 +20,8 @@ impl AccessToken {
         self.0.as_bytes().ct_eq(given).into()
     }
 
-    /// For signatures, which are made from it.
-    pub(super) fn reveal(&self) -> &str {
+    /// For signatures, which are made from it, and for the agent that follows us.
+    pub(crate) fn reveal(&self) -> &str {
         &self.0
     }
 }

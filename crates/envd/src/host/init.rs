@@ -22,7 +22,7 @@ use crate::state::Config;
 /// The restore that was last worked through.
 #[derive(Debug, Default)]
 pub(super) struct Hook {
-    done: Option<String>,
+    pub(super) done: Option<String>,
 }
 
 /// The body. What is left out stays as it is; unknown fields (E2B's) are no error.
@@ -80,8 +80,6 @@ pub(super) enum InitError {
     Guest(#[from] GuestError),
     #[error("the restore hook cannot thaw the sandbox: {0}")]
     Thaw(#[from] crate::cgroups::CgroupError),
-    #[error("the restore hook broke: {0}")]
-    Broken(#[from] tokio::task::JoinError),
 }
 
 impl InitError {
@@ -91,9 +89,7 @@ impl InitError {
             InitError::Body(_) | InitError::Timestamp(_) | InitError::NoRestoreId => {
                 StatusCode::BAD_REQUEST
             }
-            InitError::Guest(_) | InitError::Thaw(_) | InitError::Broken(_) => {
-                StatusCode::INTERNAL_SERVER_ERROR
-            }
+            InitError::Guest(_) | InitError::Thaw(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 }
@@ -151,8 +147,9 @@ impl Host {
                 template_id: config.template_id.clone(),
                 now: at,
             };
-            // Files and the random device may block.
-            tokio::task::spawn_blocking(move || guest::become_itself(&plan)).await??;
+            // Here and now: a few small writes into memory are done before a thread for them
+            // is there, and the code that starts one is cold in a machine just restored.
+            guest::become_itself(&plan)?;
         }
         self.connections
             .restored(carrier, identity.as_ref().map(|i| i.restore_id.as_str()));
@@ -163,7 +160,8 @@ impl Host {
         life.freeze = None;
         life.hook.done.clone_from(&body.restore_id);
         *self.ready_for() = identity.map(|i| i.restore_id);
-        tracing::info!(
+        self.remember(&life, false);
+        tracing::debug!(
             restore_id = body.restore_id.as_deref(),
             generation = body.generation,
             sandbox_id = body.sandbox_id.as_deref(),

@@ -11,6 +11,7 @@
 mod guest;
 mod identity;
 mod init;
+mod memory;
 mod metrics;
 mod mmds;
 mod snapshot;
@@ -137,6 +138,12 @@ async fn ports(Extract(host): Extract<Arc<Host>>) -> Response {
     axum::Json(host.ports.list()).into_response()
 }
 
+/// What became of an agent that crashed; see [`crate::handover`].
+async fn restarts(Extract(host): Extract<Arc<Host>>) -> Response {
+    let report = host.state.handover.as_ref().map(|h| h.report());
+    axum::Json(report.unwrap_or_default()).into_response()
+}
+
 async fn init(
     Extract(host): Extract<Arc<Host>>,
     carrier: Option<axum::Extension<crate::server::connections::ConnectionId>>,
@@ -198,6 +205,7 @@ pub fn router(host: Arc<Host>) -> axum::Router {
         .route("/envs", get(envs))
         .route("/metrics", get(metrics))
         .route("/ports", get(ports))
+        .route("/restarts", get(restarts))
         .route("/init", post(init))
         .route("/snapshot/prepare", post(prepare))
         .route("/snapshot/undo", post(undo))

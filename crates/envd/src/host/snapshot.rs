@@ -30,6 +30,12 @@ pub(super) struct Freeze {
     _gate: OwnedRwLockWriteGuard<()>,
 }
 
+impl Freeze {
+    pub(super) fn new(gate: OwnedRwLockWriteGuard<()>) -> Freeze {
+        Freeze { _gate: gate }
+    }
+}
+
 /// Why the guest was not made ready; it goes on as before.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SnapshotError {
@@ -52,6 +58,8 @@ impl Host {
         if life.freeze.is_some() {
             return Ok(());
         }
+        // First, for it may be half done when we crash.
+        self.remember(&life, true);
         match self.quiesce(query).await {
             Ok(freeze) => {
                 life.freeze = Some(freeze);
@@ -59,6 +67,7 @@ impl Host {
             }
             Err(error) => {
                 self.go_on().await?;
+                self.remember(&life, false);
                 Err(error)
             }
         }
@@ -70,6 +79,7 @@ impl Host {
         if life.freeze.is_some() {
             self.go_on().await?;
             life.freeze = None;
+            self.remember(&life, false);
         }
         Ok(())
     }
@@ -102,6 +112,6 @@ impl Host {
             }
         }
         crate::sys::trim_heap();
-        Ok(Freeze { _gate: gate })
+        Ok(Freeze::new(gate))
     }
 }

@@ -14,6 +14,8 @@ pub enum Exit {
         /// Whether a core file was written.
         dumped: bool,
     },
+    /// Known only to an agent that crashed before it could say so.
+    Lost,
 }
 
 impl Exit {
@@ -37,7 +39,7 @@ impl Exit {
     pub fn code(self) -> i32 {
         match self {
             Exit::Code(code) => code,
-            Exit::Signal { .. } => -1,
+            Exit::Signal { .. } | Exit::Lost => -1,
         }
     }
 
@@ -54,6 +56,7 @@ impl Exit {
                 let core = if dumped { " (core dumped)" } else { "" };
                 format!("signal: {}{core}", signal_name(number))
             }
+            Exit::Lost => "unknown: the guest agent was restarted as it ended".to_owned(),
         }
     }
 

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::exit::Exit;
+use crate::handover::Counter;
 
 /// Unread bytes after which a lossless reader makes the program wait.
 pub const WINDOW: u64 = 256 * 1024;
@@ -114,6 +115,8 @@ struct Inner {
 pub struct Log {
     inner: Mutex<Inner>,
     room: Notify,
+    /// Tells the next agent how far this one came.
+    counter: Option<Counter>,
 }
 
 /// What the log holds back for.
@@ -125,6 +128,30 @@ enum Room {
 impl Log {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An empty log, whose end is counted where a crash does not reach.
+    pub fn counted(counter: Option<Counter>) -> Log {
+        Log {
+            counter,
+            ..Log::default()
+        }
+    }
+
+    /// The log of a program that an agent before this one has started: what was read then
+    /// is missed by whoever asks for it.
+    pub fn resumed(counter: Option<Counter>) -> Log {
+        let log = Log::counted(counter);
+        let at = log.counter.as_ref().map_or(0, Counter::get);
+        let mut inner = log.lock();
+        (inner.start, inner.end) = (at, at);
+        drop(inner);
+        log
+    }
+
+    /// Number of its counter.
+    pub fn counter(&self) -> Option<u32> {
+        self.counter.as_ref().map(Counter::slot)
     }
 
     /// A reader from `offset` on (what is no longer kept counts as missed), or from now.
@@ -195,6 +222,10 @@ impl Log {
         }
         let offset = inner.end;
         inner.end += data.len() as u64;
+        if let Some(counter) = &self.counter {
+            // Before any reader has it: no offset that a client knows is ever ahead.
+            counter.set(inner.end);
+        }
         inner.chunks.push_back(Chunk {
             offset,
             channel,

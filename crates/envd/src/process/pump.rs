@@ -12,6 +12,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::exit::Exit;
 use super::output::{Channel, Log};
 use super::table::{Process, Table};
 
@@ -103,11 +104,46 @@ fn fill(fd: &OwnedFd, buffer: &mut Vec<u8>, channel: Channel) -> Fill {
     }
 }
 
+/// How a program's end is learnt.
+pub(super) enum Death {
+    /// From the kernel: it is our child.
+    Child(AsyncFd<OwnedFd>),
+    /// From init, whose child it has become.
+    Orphan(tokio::sync::oneshot::Receiver<Exit>),
+    /// From init, before we were there.
+    Known(Exit),
+}
+
+impl Death {
+    /// Waits for it; `None` is a false alarm.
+    async fn wait(&mut self, process: &Process) -> Option<Exit> {
+        match self {
+            Death::Child(pidfd) => {
+                let ready = pidfd.readable().await;
+                let exit = process.reap(pidfd.get_ref().as_fd());
+                if exit.is_none()
+                    && let Ok(mut guard) = ready
+                {
+                    guard.clear_ready();
+                }
+                exit
+            }
+            Death::Orphan(told) => {
+                // Init says it of all that it keeps; where it cannot, nobody knows.
+                let exit = told.await.unwrap_or(Exit::Lost);
+                process.reaped();
+                Some(exit)
+            }
+            Death::Known(exit) => Some(*exit),
+        }
+    }
+}
+
 /// Follows a program to its end: reaps it, kills its group at the deadline, lets its
 /// output drain, and marks the end.
 pub(super) async fn supervise(
     process: Arc<Process>,
-    pidfd: AsyncFd<OwnedFd>,
+    mut death: Death,
     pumps: Vec<JoinHandle<()>>,
     deadline: Option<Instant>,
     table: Arc<Table>,
@@ -121,20 +157,18 @@ pub(super) async fn supervise(
         };
         tokio::select! {
             biased;
-            ready = pidfd.readable() => {
-                if let Some(exit) = process.reap(pidfd.get_ref().as_fd()) {
+            exit = death.wait(&process) => {
+                if let Some(exit) = exit {
                     break exit;
-                }
-                if let Ok(mut guard) = ready {
-                    guard.clear_ready();
                 }
             }
             () = due => process.kill_for_deadline(),
         }
     };
-    drop(pidfd);
+    drop(death);
     drain(&process.log, pumps).await;
     process.close_input().await;
+    process.forget();
     // First the table, then the end: who sees the end finds the process gone.
     table.ended(&process, exit);
     process.log.finish(exit);

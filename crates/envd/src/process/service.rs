@@ -12,12 +12,14 @@ use rustix::process::Signal as KernelSignal;
 use wrenn_wire::process as wire;
 use wrenn_wire::process::__buffa::oneof::{process_input, process_selector, stream_input_request};
 
+use super::adopted;
 use super::event::Event;
 use super::input::InputError;
 use super::spawn::{Request, StartError, start};
 use super::stream::{Events, Manner};
 use super::table::{Config, Found, Process, SelectError, Selector, Table};
 use crate::auth;
+use crate::handover::{Entry, Handover};
 use crate::state::State;
 
 /// Native clients: replay from this offset instead of following from now on.
@@ -39,6 +41,12 @@ impl ProcessService {
             state,
             table: Arc::default(),
         })
+    }
+
+    /// Takes up the programs of an agent that crashed. Gives their process ids, and what
+    /// could not be taken up.
+    pub fn adopt(&self, handover: &Arc<Handover>, entries: Vec<Entry>) -> (Vec<u32>, Vec<String>) {
+        adopted::adopt(handover, &self.table, entries)
     }
 
     fn running(

@@ -19,9 +19,10 @@ use rustix::pty::OpenptFlags;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
+use super::adopted;
 use super::input::Input;
 use super::output::{Channel, Log, Reader};
-use super::pump::{nonblocking, pump, supervise};
+use super::pump::{Death, nonblocking, pump, supervise};
 use super::table::{Config, Process, Table, window};
 use crate::cgroups::Group;
 use crate::state::{Frozen, State};
@@ -126,7 +127,8 @@ pub(super) async fn start(
     request: Request,
 ) -> Result<(Arc<Process>, Reader), StartError> {
     let entered = state.enter().await?;
-    let log = Arc::new(Log::default());
+    let counter = state.handover.as_ref().map(|h| h.counter(None));
+    let log = Arc::new(Log::counted(counter));
     let reader = log.reader(None, true);
     let plan = Plan::new(state, &request)?;
     // All that can fail for lack of descriptors comes before the program.
@@ -154,6 +156,18 @@ pub(super) async fn start(
             return Err(exhausted(&request, source));
         }
     };
+    let kept = state.handover.as_ref().map(|handover| {
+        let program = adopted::Program {
+            pid: child.pid,
+            config: &request.config,
+            tag: request.tag.as_ref(),
+            deadline: request.deadline,
+            pidfd: pidfd.get_ref(),
+            outputs: &outputs,
+            log: &log,
+        };
+        adopted::keep(handover, &program, &input)
+    });
     let process = Arc::new(Process {
         pid: child.pid,
         tag: request.tag,
@@ -162,6 +176,8 @@ pub(super) async fn start(
         input: tokio::sync::Mutex::new(input),
         terminal,
         alive: Mutex::new(true),
+        orphan: None,
+        kept: Mutex::new(kept.unwrap_or_default()),
         timed_out: AtomicBool::new(false),
     });
     table.started(&process);
@@ -171,7 +187,7 @@ pub(super) async fn start(
         .collect();
     tokio::spawn(supervise(
         Arc::clone(&process),
-        pidfd,
+        Death::Child(pidfd),
         pumps,
         request.deadline,
         Arc::clone(table),

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use rustix::termios::Winsize;
 use tokio::io::unix::AsyncFd;
@@ -15,6 +16,7 @@ use tokio::time::Instant;
 use super::exit::Exit;
 use super::input::{Input, InputError, write_all};
 use super::output::Log;
+use crate::handover::Kept;
 
 /// How long an exit is kept for those who connect late.
 pub const RETENTION: Duration = Duration::from_secs(60);
@@ -22,7 +24,7 @@ pub const RETENTION: Duration = Duration::from_secs(60);
 const ENDED_OUTPUT: u64 = 4 << 20;
 
 /// What was asked for.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub struct Config {
     /// The program.
     pub cmd: String,
@@ -49,7 +51,19 @@ pub struct Process {
     pub(super) terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     /// False once it is reaped: its number may then belong to somebody else.
     pub(super) alive: Mutex<bool>,
+    /// Where it is no child of ours: the process itself. Init reaps it, and tells us later.
+    pub(super) orphan: Option<OwnedFd>,
+    /// What init has of it.
+    pub(super) kept: Mutex<Hold>,
     pub(super) timed_out: AtomicBool,
+}
+
+/// What init keeps of a program for the agent that may have to follow us.
+#[derive(Debug, Default)]
+pub(super) struct Hold {
+    pub(super) program: Option<Kept>,
+    /// Apart, for it may be closed before the end.
+    pub(super) input: Option<Kept>,
 }
 
 impl Process {
@@ -85,6 +99,23 @@ impl Process {
         }
     }
 
+    /// Init has reaped it.
+    pub(super) fn reaped(&self) {
+        *self.alive() = false;
+    }
+
+    /// After the end there is nothing to hand over.
+    pub(super) fn forget(&self) {
+        let mut hold = self.hold();
+        let (input, program) = (hold.input.take(), hold.program.take());
+        drop(hold);
+        input.into_iter().chain(program).for_each(Kept::forget);
+    }
+
+    fn hold(&self) -> MutexGuard<'_, Hold> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sends a signal to the program's whole group.
     ///
     /// # Errors
@@ -98,6 +129,9 @@ impl Process {
         else {
             return Err(rustix::io::Errno::SRCH);
         };
+        if self.orphan.as_ref().is_some_and(has_ended) {
+            return Err(rustix::io::Errno::SRCH);
+        }
         rustix::process::kill_process_group(pid, signal)
     }
 
@@ -156,6 +190,10 @@ impl Process {
             return Err(InputError::IsTerminal(self.pid));
         }
         *input = Input::None;
+        // Init holds the pipe open too: without this its end never comes.
+        if let Some(kept) = self.hold().input.take() {
+            kept.forget();
+        }
         Ok(())
     }
 
@@ -180,6 +218,13 @@ impl Process {
         rustix::termios::tcsetwinsize(terminal.get_ref(), window(cols, rows))
             .map_err(|error| self.failed(error.into()))
     }
+}
+
+/// A pidfd is readable once its process has ended.
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    let now = Timespec::default();
+    matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1))
 }
 
 pub(super) fn window(cols: u16, rows: u16) -> Winsize {

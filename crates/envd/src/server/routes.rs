@@ -26,12 +26,18 @@ pub struct Services {
     pub state: Arc<State>,
     /// The half that belongs to the host.
     pub host: Arc<Host>,
+    /// Programs.
+    pub processes: Arc<ProcessService>,
 }
 
 /// The whole agent as one router.
 pub fn router(services: Services) -> axum::Router {
-    let Services { state, host } = services;
-    let rpc = ProcessService::new(Arc::clone(&state)).register(connectrpc::Router::new());
+    let Services {
+        state,
+        host,
+        processes,
+    } = services;
+    let rpc = processes.register(connectrpc::Router::new());
     let rpc = Arc::new(FilesystemService::new(Arc::clone(&state))).register(rpc);
     let limits = Limits::default()
         .with_max_request_body_size(MAX_MESSAGE)
