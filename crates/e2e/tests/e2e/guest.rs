@@ -190,19 +190,43 @@ pub(crate) async fn programs_find_who_and_where_they_are(server: &Server) {
     let api = server.api();
     let id = api.create(&json!({"env": {"COLOUR": "blue"}})).await;
     for (line, expected) in [
-        ("echo $COLOUR $E2B_SANDBOX $WRENN_SANDBOX", "blue true true".to_owned()),
-        ("echo $E2B_SANDBOX_ID $WRENN_SANDBOX_ID", format!("{id} {id}")),
-        ("echo $WRENN_TEMPLATE_ID; cat /run/e2b/.E2B_TEMPLATE_ID", "minimal\nminimal".to_owned()),
-        ("cat /run/e2b/.E2B_SANDBOX /run/wrenn/.WRENN_SANDBOX", "truetrue".to_owned()),
+        (
+            "echo $COLOUR $E2B_SANDBOX $WRENN_SANDBOX",
+            "blue true true".to_owned(),
+        ),
+        (
+            "echo $E2B_SANDBOX_ID $WRENN_SANDBOX_ID",
+            format!("{id} {id}"),
+        ),
+        (
+            "echo $WRENN_TEMPLATE_ID; cat /run/e2b/.E2B_TEMPLATE_ID",
+            "minimal\nminimal".to_owned(),
+        ),
+        (
+            "cat /run/e2b/.E2B_SANDBOX /run/wrenn/.WRENN_SANDBOX",
+            "truetrue".to_owned(),
+        ),
         ("cat /proc/self/cgroup", "0::/user".to_owned()),
         ("cat /proc/self/oom_score_adj", "100".to_owned()),
-        ("id -un; pwd; sudo -n id -u", "user\n/home/user\n0".to_owned()),
-        ("grep -c $(hostname) /etc/hosts; getent hosts $(hostname) | cut -c1-9", "1\n127.0.1.1".to_owned()),
+        (
+            "id -un; pwd; sudo -n id -u",
+            "user\n/home/user\n0".to_owned(),
+        ),
+        (
+            "grep -c $(hostname) /etc/hosts; getent hosts $(hostname) | cut -c1-9",
+            "1\n127.0.1.1".to_owned(),
+        ),
         ("ulimit -n; ulimit -Hn", "1024\n524288".to_owned()),
         // Only root reads who may initialise this machine.
-        ("cat /sys/firmware/qemu_fw_cfg/by_name/opt/wrenn/restore/raw 2>&1 | grep -c denied", "1".to_owned()),
+        (
+            "cat /sys/firmware/qemu_fw_cfg/by_name/opt/wrenn/restore/raw 2>&1 | grep -c denied",
+            "1".to_owned(),
+        ),
         // The agent is none of the user's.
-        ("kill -9 $(pgrep -x envd) 2>/dev/null; echo $?", "1".to_owned()),
+        (
+            "kill -9 $(pgrep -x envd) 2>/dev/null; echo $?",
+            "1".to_owned(),
+        ),
     ] {
         assert_eq!(api.shell(&id, line).await.trim_end(), expected, "{line}");
     }
@@ -267,7 +291,9 @@ pub(crate) async fn g25_a_freeze_stops_users_programs_and_a_thaw_lets_them_go_on
 pub(crate) async fn g34_a_crash_of_the_agent_ends_no_program(server: &Server) {
     let api = server.api();
     let sandbox = Secured::create(&api).await;
-    let boot = api.shell(&sandbox.id, "cat /proc/sys/kernel/random/boot_id").await;
+    let boot = api
+        .shell(&sandbox.id, "cat /proc/sys/kernel/random/boot_id")
+        .await;
     drop(sandbox.start("sleeper", "exec sleep 300", false).await);
     let counter = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done";
     let (_, mut events) = sandbox.start("counter", counter, false).await;
@@ -279,9 +305,16 @@ pub(crate) async fn g34_a_crash_of_the_agent_ends_no_program(server: &Server) {
     let meanwhile = "while kill -0 $(cat /tmp/agent) ; do :; done 2>/dev/null; exit 9";
     api.shell(&sandbox.id, "pgrep -x envd > /tmp/agent").await;
     // To the user, the agent's processes are there but not theirs: look for the folder.
-    let meanwhile = meanwhile.replace("kill -0 $(cat /tmp/agent)", "test -d /proc/$(cat /tmp/agent)");
+    let meanwhile = meanwhile.replace(
+        "kill -0 $(cat /tmp/agent)",
+        "test -d /proc/$(cat /tmp/agent)",
+    );
     drop(sandbox.start("meanwhile", &meanwhile, false).await);
-    drop(sandbox.start("killer", "sleep 1; sudo kill -9 $(cat /tmp/agent)", false).await);
+    drop(
+        sandbox
+            .start("killer", "sleep 1; sudo kill -9 $(cat /tmp/agent)", false)
+            .await,
+    );
 
     // The stream breaks off; what came on it was in order.
     while let Some((missed, bytes)) = events.output().await {
@@ -296,7 +329,8 @@ pub(crate) async fn g34_a_crash_of_the_agent_ends_no_program(server: &Server) {
     let took = healthy.await;
     assert!(took < Duration::from_secs(10), "{took:?}");
     assert_eq!(
-        api.shell(&sandbox.id, "cat /proc/sys/kernel/random/boot_id").await,
+        api.shell(&sandbox.id, "cat /proc/sys/kernel/random/boot_id")
+            .await,
         boot,
         "exec works, in the same machine"
     );
@@ -355,6 +389,11 @@ pub(crate) async fn g34_a_crash_of_the_agent_ends_no_program(server: &Server) {
     let request = sandbox.request(Method::GET, "/restarts");
     let report = api.send(request).await.expect(200).json();
     assert_eq!(report["restarts"], 1, "{report}");
-    assert!(report["lost"].as_array().is_some_and(|lost| !lost.is_empty()), "{report}");
+    assert!(
+        report["lost"]
+            .as_array()
+            .is_some_and(|lost| !lost.is_empty()),
+        "{report}"
+    );
     api.destroy(&sandbox.id).await;
 }

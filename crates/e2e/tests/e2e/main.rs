@@ -17,6 +17,7 @@ mod bad_input;
 mod cli;
 mod e2b;
 mod files;
+mod guest;
 mod images;
 mod isolation;
 mod leaks;
@@ -60,6 +61,11 @@ fn shared() -> Vec<(&'static str, Shared)> {
         lifetime: g01_hanging_up_during_create_harms_nothing, g01_hanging_up_during_exec_harms_nothing,
             g09_an_unused_sandbox_expires_and_a_used_one_does_not;
         isolation: g35_a_guest_reaches_neither_host_nor_guest_nor_private_ranges;
+        guest: g23_clones_share_no_randomness_and_no_name,
+            g24_the_clock_is_right_however_long_a_machine_waited, programs_find_who_and_where_they_are,
+            g33_the_hosts_routes_are_closed_from_inside,
+            g25_a_freeze_stops_users_programs_and_a_thaw_lets_them_go_on,
+            g34_a_crash_of_the_agent_ends_no_program;
         e2b: the_published_python_client_works, the_published_node_client_works;
     }
 }
