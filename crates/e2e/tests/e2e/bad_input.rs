@@ -444,14 +444,17 @@ pub(crate) async fn a_second_server_on_one_folder_is_refused(data_dir: &Path) {
 pub(crate) async fn too_little_disk_is_said_so(data_dir: &Path) {
     // Room for the image and a template, not for what must stay free on top.
     let disk = Tmpfs::mount("1400m");
-    images::copy_images(data_dir, &disk.0);
+    // Below the mount, which is the test's own and no leftover.
+    let small_data = disk.0.join("data");
+    std::fs::create_dir(&small_data).expect("a folder");
+    images::copy_images(data_dir, &small_data);
     let listen = free_address().to_string();
-    let ran = Cli::new(&disk.0)
+    let ran = Cli::new(&small_data)
         .run(&["up", "--once", "--listen", &listen])
         .await
         .expect_code(1);
-    ran.expect_stderr(&["disk", &disk.0.to_string_lossy()]);
-    HostState::read(&disk.0, None).expect_nothing_alive();
+    ran.expect_stderr(&["disk", &small_data.to_string_lossy()]);
+    HostState::read(&small_data, None).expect_nothing_alive();
     drop(disk);
 
     let small = Tmpfs::mount("24m");
