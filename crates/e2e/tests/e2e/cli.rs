@@ -123,10 +123,16 @@ pub(crate) async fn sandbox_commands_do_what_they_say(server: &Server) {
         "a copy differs after there and back"
     );
 
+    // A restored machine's console holds what was written since its restore.
+    let say = "echo told-to-the-console | sudo tee /dev/console";
+    cli.run(&["sandbox", "exec", id, "--", "bash", "-c", say])
+        .await
+        .expect_code(0);
     let logs = cli.run(&["sandbox", "logs", id]).await.expect_code(0);
     assert!(
-        !logs.stdout.is_empty(),
-        "the console of a machine that booted is not empty"
+        logs.stdout.contains("told-to-the-console"),
+        "the console's log lacks what was written to it: {:?}",
+        logs.stdout
     );
 
     cli.run(&["sandbox", "kill", id]).await.expect_code(0);
