@@ -114,7 +114,7 @@ impl Pool {
     async fn make(&self, template: &Arc<LoadedTemplate>) -> Result<LiveMachine, MachineError> {
         let started = Instant::now();
         let mut phases = Phases::default();
-        let (machine, restore_id) = restore(&self.site, template, &mut phases).await?;
+        let (mut machine, restore_id) = restore(&self.site, template, &mut phases).await?;
         let prepare = async {
             machine.vm.resume().await?;
             let token = machine.host_token();
@@ -143,6 +143,8 @@ impl Pool {
         };
         match prepared {
             Ok(()) => {
+                // No connection lasts across the stop (G26): who waits holds none.
+                machine.reset_guest();
                 tracing::debug!(took_ms = started.elapsed().as_millis(), "a machine waits");
                 Ok(machine)
             }

@@ -195,10 +195,12 @@ fn host_id(data_dir: &Path) -> Result<HostId, Failure> {
             path.display()
         ))
     };
+    // Made in either case: the random device is opened now, once, and not by the first
+    // sandbox, so that a count of open descriptors stands still from here on.
+    let id = HostId::new();
     match std::fs::read_to_string(&path) {
         Ok(text) => text.trim().parse().map_err(|e| failed(&e)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let id = HostId::new();
             std::fs::create_dir_all(data_dir).map_err(|e| failed(&e))?;
             std::fs::write(&path, format!("{id}\n")).map_err(|e| failed(&e))?;
             Ok(id)

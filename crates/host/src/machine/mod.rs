@@ -126,6 +126,11 @@ impl LiveMachine {
         self.record.host_token()
     }
 
+    /// Drops all connections to the guest agent; the next request opens a new one.
+    pub fn reset_guest(&mut self) {
+        self.guest = Guest::new(self.slot.guest());
+    }
+
     /// Ends the VM and gives everything back. Goes on after a failure, so that one thing
     /// that sticks does not keep the rest; what stuck is logged, and swept at the next
     /// start.
