@@ -163,9 +163,10 @@ pub struct Guest {
 impl Guest {
     /// A client that dials through this slot; nothing is sent yet.
     pub fn new(dialer: GuestDialer) -> Self {
+        // One connection is kept for the next request; more would only be held, for nothing
+        // closes them while nobody asks.
         let http = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(Duration::from_secs(60))
-            .pool_max_idle_per_host(8)
+            .pool_max_idle_per_host(1)
             .build(SlotConnector(dialer));
         Guest {
             http,
