@@ -37,6 +37,8 @@ impl Api {
     /// For the server at `address`.
     pub fn new(address: SocketAddr, key: Option<&str>) -> Self {
         let http = Client::builder()
+            // A connection that the test keeps open is a descriptor that the server has.
+            .pool_max_idle_per_host(0)
             .timeout(PATIENCE)
             .no_proxy()
             .build()
