@@ -9,6 +9,7 @@ use connectrpc::ErrorCode;
 use connectrpc::client::CallOptions;
 use support::{Envd, Told, command, header, pid, pty, run, sh, stdin, tag, timeout};
 use wrenn_wire::process as wire;
+use wrenn_wire::process::__buffa::oneof::process_event::Event;
 use wrenn_wire::process::__buffa::oneof::stream_input_request;
 
 fn gone(pid: u32) -> bool {
@@ -514,6 +515,44 @@ async fn g27_a_native_client_replays_from_where_it_was() {
             (&b"abcdefghi"[..], "exit status 0")
         );
     }
+}
+
+#[tokio::test]
+async fn g27_output_that_is_not_kept_any_more_is_told_as_missed() {
+    let envd = Envd::start();
+    let client = envd.client();
+    let first = run(&client, sh("printf abcdef"), CallOptions::default())
+        .await
+        .unwrap();
+    let connect = async || {
+        let request = wire::ConnectRequest {
+            process: pid(first.pid),
+            ..Default::default()
+        };
+        let options = CallOptions::default()
+            .with_header("wrenn-from-offset", "2")
+            .with_header("wrenn-mark-gaps", "1");
+        let mut stream = client.connect_with_options(request, options).await.unwrap();
+        let (mut missed, mut told) = (0, Told::default());
+        while let Some(message) = stream.message().await.unwrap() {
+            let event = message.to_owned_message().event.into_option();
+            let event = event.and_then(|event| event.event);
+            if let Some(Event::Keepalive(alive)) = &event {
+                missed += alive.missed;
+            }
+            told.take(event);
+        }
+        let status = told.status().to_owned();
+        (missed, told.stdout, status)
+    };
+    let ended = "exit status 0".to_owned();
+    assert_eq!(connect().await, (0, b"cdef".to_vec(), ended.clone()));
+    // The output of ended programs that is kept is bounded: 24 times 192 KiB is more.
+    for _ in 0..24 {
+        let full = sh("head -c 300000 /dev/zero");
+        run(&client, full, CallOptions::default()).await.unwrap();
+    }
+    assert_eq!(connect().await, (4, Vec::new(), ended));
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::input::Input;
 use super::output::{Channel, Log};
-use super::pump::{Death, nonblocking, pump, supervise};
+use super::pump::{Death, Pump, nonblocking, supervise};
 use super::table::{Config, Hold, Process, Table};
 use crate::handover::{Entry, Handover, Kept};
 
@@ -219,7 +219,7 @@ fn take_up(
     table.started(&process);
     let pumps = outputs
         .into_iter()
-        .map(|(fd, channel)| tokio::spawn(pump(fd, channel, Arc::clone(&log))))
+        .map(|(fd, channel)| Pump::start(fd, channel, &log))
         .collect();
     let deadline =
         deadline.map(|at| Instant::now() + Duration::from_nanos(at).saturating_sub(monotonic()));

@@ -149,6 +149,15 @@ impl Log {
         log
     }
 
+    /// The log of a program that has ended after `end` bytes, none of which are kept.
+    pub fn ended(end: u64, exit: Exit) -> Log {
+        let log = Log::default();
+        let mut inner = log.lock();
+        (inner.start, inner.end, inner.exit) = (end, end, Some(exit));
+        drop(inner);
+        log
+    }
+
     /// Number of its counter.
     pub fn counter(&self) -> Option<u32> {
         self.counter.as_ref().map(Counter::slot)

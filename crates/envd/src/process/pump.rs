@@ -30,8 +30,31 @@ pub(super) fn nonblocking(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     crate::sys::async_fd(fd).map_err(|(_, error)| error)
 }
 
+/// One pipe or terminal of a program, and the task that empties it.
+pub(super) struct Pump {
+    source: Arc<AsyncFd<OwnedFd>>,
+    task: JoinHandle<()>,
+}
+
+impl Pump {
+    /// Begins to carry output from `source` into the log.
+    pub(super) fn start(source: Arc<AsyncFd<OwnedFd>>, channel: Channel, log: &Arc<Log>) -> Pump {
+        let task = tokio::spawn(pump(Arc::clone(&source), channel, Arc::clone(log)));
+        Pump { source, task }
+    }
+
+    /// Bytes that wait to be read, and will be.
+    fn unread(&self) -> u64 {
+        if self.task.is_finished() {
+            return 0;
+        }
+        // A terminal whose program is gone may not say; then there is nothing.
+        rustix::io::ioctl_fionread(self.source.get_ref()).unwrap_or(0)
+    }
+}
+
 /// Carries output from `source` into the log until its end.
-pub(super) async fn pump(source: Arc<AsyncFd<OwnedFd>>, channel: Channel, log: Arc<Log>) {
+async fn pump(source: Arc<AsyncFd<OwnedFd>>, channel: Channel, log: Arc<Log>) {
     let max = channel.max_chunk();
     let mut buffer = Vec::new();
     let mut grown = channel == Channel::Pty;
@@ -144,7 +167,7 @@ impl Death {
 pub(super) async fn supervise(
     process: Arc<Process>,
     mut death: Death,
-    pumps: Vec<JoinHandle<()>>,
+    pumps: Vec<Pump>,
     deadline: Option<Instant>,
     table: Arc<Table>,
 ) {
@@ -174,15 +197,21 @@ pub(super) async fn supervise(
     process.log.finish(exit);
 }
 
-async fn drain(log: &Log, mut pumps: Vec<JoinHandle<()>>) {
+/// Waits for what the program has left in its pipes, all of it, however busy the host is; and
+/// for what descendants write, within bounds.
+async fn drain(log: &Log, mut pumps: Vec<Pump>) {
+    let unread = |pumps: &[Pump]| pumps.iter().map(Pump::unread).sum::<u64>();
+    // Counted before the log is asked: what moves in between is counted twice, not never.
+    let left = unread(&pumps);
+    let own = log.progress().0 + left;
     let mut until = Instant::now() + DRAIN;
     loop {
         let (before, _) = log.progress();
         let all = async {
             for pump in &mut pumps {
-                if !pump.is_finished() {
+                if !pump.task.is_finished() {
                     // A pump does not panic, and is never aborted.
-                    let _ = pump.await;
+                    let _ = (&mut pump.task).await;
                 }
             }
         };
@@ -190,9 +219,11 @@ async fn drain(log: &Log, mut pumps: Vec<JoinHandle<()>>) {
             return;
         }
         let (after, blocked) = log.progress();
+        let waiting = unread(&pumps);
+        let quiet = after == before && waiting == 0;
         if blocked {
             until = Instant::now() + DRAIN;
-        } else if after == before || Instant::now() >= until {
+        } else if quiet || (after >= own && Instant::now() >= until) {
             return;
         }
     }

@@ -190,11 +190,12 @@ impl wire::Process for ProcessService {
             Found::Running(process) => {
                 Events::of_reader(process.pid, process.log.reader(offset, lossless), manner)
             }
-            Found::Ended(ended) => match (offset, ended.log) {
-                (Some(offset), Some(log)) => {
-                    Events::of_reader(ended.pid, log.reader(Some(offset), false), manner)
+            Found::Ended(ended) => match offset {
+                Some(offset) => {
+                    let reader = ended.log().reader(Some(offset), false);
+                    Events::of_reader(ended.pid, reader, manner)
                 }
-                _ => Events::of_ended(ended.pid, ended.exit, manner),
+                None => Events::of_ended(ended.pid, ended.exit, manner),
             },
         };
         Ok(Response::stream(events))

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use super::adopted;
 use super::input::Input;
 use super::output::{Channel, Log, Reader};
-use super::pump::{Death, nonblocking, pump, supervise};
+use super::pump::{Death, Pump, nonblocking, supervise};
 use super::table::{Config, Process, Table, window};
 use crate::cgroups::Group;
 use crate::state::{Frozen, State};
@@ -183,7 +183,7 @@ pub(super) async fn start(
     table.started(&process);
     let pumps = outputs
         .into_iter()
-        .map(|(fd, channel)| tokio::spawn(pump(fd, channel, Arc::clone(&log))))
+        .map(|(fd, channel)| Pump::start(fd, channel, &log))
         .collect();
     tokio::spawn(supervise(
         Arc::clone(&process),

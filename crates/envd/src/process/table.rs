@@ -243,11 +243,33 @@ pub struct Ended {
     pub pid: u32,
     /// How it ended.
     pub exit: Exit,
-    /// Its last output, as long as there is memory for it.
-    pub log: Option<Arc<Log>>,
+    /// Its output.
+    pub output: Output,
     tag: Option<String>,
     at: Instant,
     serial: u64,
+}
+
+/// What is left of the output of a program that has ended.
+#[derive(Debug, Clone)]
+pub enum Output {
+    /// Its last part, as long as there is memory for it.
+    Kept(Arc<Log>),
+    /// Nothing but where it ended, so that a late reader is told what it missed (G27).
+    Gone {
+        /// Bytes it had written.
+        end: u64,
+    },
+}
+
+impl Ended {
+    /// The log for a late reader.
+    pub fn log(&self) -> Arc<Log> {
+        match &self.output {
+            Output::Kept(log) => Arc::clone(log),
+            Output::Gone { end } => Arc::new(Log::ended(*end, self.exit)),
+        }
+    }
 }
 
 /// What a selector found.
@@ -342,7 +364,12 @@ impl Table {
         let ended = Ended {
             pid,
             exit,
-            log: (kept > 0).then(|| Arc::clone(&process.log)),
+            output: match kept {
+                0 => Output::Gone {
+                    end: process.log.progress().0,
+                },
+                _ => Output::Kept(Arc::clone(&process.log)),
+            },
             tag: process.tag.clone(),
             at: Instant::now(),
             serial,
@@ -454,7 +481,7 @@ impl Inner {
             .get(&pid)
             .is_some_and(|e| serial.is_none_or(|s| s == e.serial))
             && let Some(ended) = self.ended.remove(&pid)
-            && let Some(log) = ended.log
+            && let Output::Kept(log) = ended.output
         {
             self.output = self.output.saturating_sub(log.kept());
         }
@@ -466,9 +493,12 @@ impl Inner {
                 break;
             };
             if let Some(ended) = self.ended.get_mut(&pid).filter(|e| e.serial == serial)
-                && let Some(log) = ended.log.take()
+                && let Output::Kept(log) = &ended.output
             {
+                // Readers that are at it keep the log itself.
                 self.output = self.output.saturating_sub(log.kept());
+                let end = log.progress().0;
+                ended.output = Output::Gone { end };
             }
         }
     }

@@ -1,10 +1,11 @@
 //! Programs in a sandbox: run to the end, run and followed, attached to, fed and ended.
 
-use std::sync::Arc;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use connectrpc::client::CallOptions;
 use connectrpc::{ConnectError, ErrorCode, ServiceStream, StreamMessage};
+use futures::{Stream, StreamExt, stream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use wrenn_wire::process as envd;
@@ -264,31 +265,16 @@ impl HostRpc {
             .processes()
             .start_with_options(start, options)
             .await;
-        let mut stream = started.map_err(refused)?;
-        let (sender, receiver) = mpsc::channel(FOLLOW_BUFFER);
-        let in_use = handle.clone();
-        tokio::spawn(async move {
-            let _in_use = in_use.activity.begin();
-            loop {
-                let next: Result<Option<StreamMessage<envd::StartResponse>>, _> = tokio::select! {
-                    next = stream.message() => next,
-                    // The follower left; the program goes on.
-                    () = sender.closed() => return,
-                };
-                let event = next.map(|next| {
-                    next.map(|m| {
-                        m.to_owned_message()
-                            .event
-                            .into_option()
-                            .and_then(|e| e.event)
-                    })
-                });
-                if !pass_on(&sender, event).await {
-                    return;
-                }
-            }
+        let stream = started.map_err(refused)?;
+        let events = stream::unfold(stream, async |mut stream| {
+            let next: Result<Option<StreamMessage<envd::StartResponse>>, _> =
+                stream.message().await;
+            let event = next
+                .transpose()?
+                .map(|message| message.to_owned_message().event.into_option());
+            Some((event, stream))
         });
-        Ok(Box::pin(ReceiverStream::new(receiver)))
+        Ok(follow(&handle, events))
     }
 
     pub(super) async fn attach_to(
@@ -302,30 +288,16 @@ impl HostRpc {
             process: process.into(),
             ..Default::default()
         };
-        let mut stream = live.guest.processes().connect(request).await?;
-        let (sender, receiver) = mpsc::channel(FOLLOW_BUFFER);
-        let in_use: Arc<Handle> = handle.clone();
-        tokio::spawn(async move {
-            let _in_use = in_use.activity.begin();
-            loop {
-                let next: Result<Option<StreamMessage<envd::ConnectResponse>>, _> = tokio::select! {
-                    next = stream.message() => next,
-                    () = sender.closed() => return,
-                };
-                let event = next.map(|next| {
-                    next.map(|m| {
-                        m.to_owned_message()
-                            .event
-                            .into_option()
-                            .and_then(|e| e.event)
-                    })
-                });
-                if !pass_on(&sender, event).await {
-                    return;
-                }
-            }
+        let stream = live.guest.processes().connect(request).await?;
+        let events = stream::unfold(stream, async |mut stream| {
+            let next: Result<Option<StreamMessage<envd::ConnectResponse>>, _> =
+                stream.message().await;
+            let event = next
+                .transpose()?
+                .map(|message| message.to_owned_message().event.into_option());
+            Some((event, stream))
         });
-        Ok(Box::pin(ReceiverStream::new(receiver)))
+        Ok(follow(&handle, events))
     }
 
     pub(super) async fn input(
@@ -470,23 +442,41 @@ fn feed(processes: &crate::guest::Processes, pid: u32, bytes: Vec<u8>) {
     });
 }
 
-/// Passes an event on; `false` when there will be no more.
-async fn pass_on(
-    sender: &mpsc::Sender<Result<rpc::ProcessOutput, ConnectError>>,
-    event: Result<Option<Option<Event>>, ConnectError>,
-) -> bool {
-    match event {
-        Ok(Some(event)) => match output(event) {
-            Some(output) => sender.send(Ok(output)).await.is_ok(),
-            None => true,
-        },
-        Ok(None) => false,
-        Err(error) => {
-            // Whoever left does not want to know.
-            let _ = sender.send(Err(refused(error))).await;
-            false
+/// What the guest agent says of a program, as a stream of the host's; use of the sandbox for
+/// as long as somebody follows.
+fn follow(
+    handle: &Handle,
+    events: impl Stream<Item = Result<Option<envd::ProcessEvent>, ConnectError>> + Send + 'static,
+) -> ServiceStream<rpc::ProcessOutput> {
+    let (sender, receiver) = mpsc::channel(FOLLOW_BUFFER);
+    let in_use = handle.activity.begin();
+    tokio::spawn(async move {
+        let _in_use = in_use;
+        let mut events = pin!(events);
+        loop {
+            let event = tokio::select! {
+                event = events.next() => event,
+                // The follower left; the program goes on.
+                () = sender.closed() => return,
+            };
+            let sent = match event {
+                Some(Ok(event)) => match event.and_then(|event| output(event.event)) {
+                    Some(output) => sender.send(Ok(output)).await,
+                    None => continue,
+                },
+                None => return,
+                Some(Err(error)) => {
+                    // Whoever left does not want to know.
+                    let _ = sender.send(Err(refused(error))).await;
+                    return;
+                }
+            };
+            if sent.is_err() {
+                return;
+            }
         }
-    }
+    });
+    Box::pin(ReceiverStream::new(receiver))
 }
 
 #[cfg(test)]
