@@ -9,10 +9,6 @@ use std::time::{Duration, Instant};
 
 use crate::paths;
 
-/// Names of namespaces, links and firewall tables begin like this: `wrenn-…` on the usual
-/// data folder, `wr` and six digits of a digest on any other.
-const PREFIX: &str = "wr";
-
 /// Counts by kind. Which machine waits in the pool, and so every name, changes all the
 /// time; how many there are of each kind must not.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -22,16 +18,18 @@ impl HostState {
     /// Looks at everything once.
     pub fn read(data_dir: &Path, server: Option<u32>) -> HostState {
         let mut state = HostState::default();
+        // Of this data folder alone: another server may run, or have run, on this host.
+        let prefix = wrenn_host::network_prefix(data_dir);
         let namespaces = names(Path::new("/run/netns"));
         state.add(
             "namespace",
-            namespaces.iter().filter(|name| is_ours(name)).count(),
+            namespaces.iter().filter(|n| n.starts_with(&prefix)).count(),
         );
-        state.count_links();
+        state.count_links(&prefix);
         state.count_processes();
-        state.count_mounts(data_dir);
+        state.count_mounts(data_dir, &prefix);
         state.count_loop_devices(data_dir);
-        state.count_firewall_tables();
+        state.count_firewall_tables(&prefix);
         state.count_files(data_dir, data_dir);
         if let Some(pid) = server {
             let open = fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
@@ -122,13 +120,13 @@ impl HostState {
     }
 
     /// Asked of the kernel: what `/sys` shows depends on where that was mounted.
-    fn count_links(&mut self) {
+    fn count_links(&mut self, prefix: &str) {
         let listed = output("ip", &["-oneline", "link", "show"]);
         // "7: wrenn-3@if2: <BROADCAST…"
         let links = listed
             .lines()
             .filter_map(|line| line.split_whitespace().nth(1));
-        self.add("link", links.filter(|name| is_ours(name)).count());
+        self.add("link", links.filter(|name| name.starts_with(prefix)).count());
     }
 
     /// The server, keepers and whatever a keeper started, known by their program's file.
@@ -170,11 +168,11 @@ impl HostState {
         }
     }
 
-    fn count_mounts(&mut self, data_dir: &Path) {
+    fn count_mounts(&mut self, data_dir: &Path, prefix: &str) {
         let data_dir = data_dir.to_string_lossy().into_owned();
         let mounts =
             fs::read_to_string("/proc/self/mountinfo").expect("the mounts of this process");
-        let netns = format!("/netns/{PREFIX}");
+        let netns = format!("/netns/{prefix}");
         let ours = |line: &&str| line.contains(&data_dir) || line.contains(&netns);
         self.add("mount", mounts.lines().filter(ours).count());
     }
@@ -191,14 +189,14 @@ impl HostState {
         );
     }
 
-    fn count_firewall_tables(&mut self) {
+    fn count_firewall_tables(&mut self, prefix: &str) {
         let tables = output("nft", &["list", "tables"]);
         let tables = tables
             .lines()
             .filter_map(|line| line.split_whitespace().last());
         self.add(
             "firewall table",
-            tables.filter(|name| is_ours(name)).count(),
+            tables.filter(|name| name.starts_with(prefix)).count(),
         );
     }
 
@@ -232,10 +230,6 @@ impl fmt::Display for HostState {
             .iter()
             .try_for_each(|(kind, n)| writeln!(f, "  {kind}: {n}"))
     }
-}
-
-fn is_ours(name: &str) -> bool {
-    name.starts_with(PREFIX)
 }
 
 fn output(program: &str, args: &[&str]) -> String {

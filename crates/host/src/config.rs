@@ -110,6 +110,12 @@ impl Names {
     }
 }
 
+/// How the names of all namespaces, links and firewall tables begin that belong to the agent
+/// on this data folder.
+pub fn network_prefix(data_dir: &Path) -> String {
+    Names::of(data_dir).prefix
+}
+
 /// Where each VM of a data folder has its own.
 pub fn machines_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("machines")

@@ -34,7 +34,7 @@ mod template;
 
 pub use activity::InUse;
 pub use agent::{AgentError, HostAgent, InProcessHost};
-pub use config::HostConfig;
+pub use config::{HostConfig, network_prefix};
 pub use machine::{SweepError, SweepReport, sweep};
 pub use sandbox::{DialFailure, SandboxError};
 pub use template::TemplateError;

@@ -79,6 +79,62 @@ impl HostService for HostRpc {
         answer(self.lifetime(request.to_owned_message()).await)
     }
 
+    async fn pause_sandbox(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, PauseSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<>> {
+        answer::<PauseSandboxResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+    }
+
+    async fn resume_sandbox(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ResumeSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<ResumeSandboxResponse> + Send + use<>> {
+        answer::<ResumeSandboxResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+    }
+
+    async fn create_snapshot(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, CreateSnapshotRequest>,
+    ) -> ServiceResult<impl Encodable<CreateSnapshotResponse> + Send + use<>> {
+        answer::<CreateSnapshotResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListSnapshotsRequest>,
+    ) -> ServiceResult<impl Encodable<ListSnapshotsResponse> + Send + use<>> {
+        answer::<ListSnapshotsResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, DeleteSnapshotRequest>,
+    ) -> ServiceResult<impl Encodable<DeleteSnapshotResponse> + Send + use<>> {
+        answer::<DeleteSnapshotResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+    }
+
+    async fn fork_sandbox(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ForkSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<ForkSandboxResponse> + Send + use<>> {
+        answer::<ForkSandboxResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+    }
+
+    async fn rollback_sandbox(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, RollbackSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<RollbackSandboxResponse> + Send + use<>> {
+        answer::<RollbackSandboxResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+    }
+
     async fn exec(
         &self,
         _: RequestContext,
