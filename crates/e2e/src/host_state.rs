@@ -126,7 +126,10 @@ impl HostState {
         let links = listed
             .lines()
             .filter_map(|line| line.split_whitespace().nth(1));
-        self.add("link", links.filter(|name| name.starts_with(prefix)).count());
+        self.add(
+            "link",
+            links.filter(|name| name.starts_with(prefix)).count(),
+        );
     }
 
     /// The server, keepers and whatever a keeper started, known by their program's file.

@@ -84,7 +84,9 @@ impl HostService for HostRpc {
         _: RequestContext,
         _: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<>> {
-        answer::<PauseSandboxResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+        answer::<PauseSandboxResponse>(Err(ConnectError::unimplemented(
+            "not supported by this host",
+        )))
     }
 
     async fn resume_sandbox(
@@ -92,7 +94,9 @@ impl HostService for HostRpc {
         _: RequestContext,
         _: ServiceRequest<'_, ResumeSandboxRequest>,
     ) -> ServiceResult<impl Encodable<ResumeSandboxResponse> + Send + use<>> {
-        answer::<ResumeSandboxResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+        answer::<ResumeSandboxResponse>(Err(ConnectError::unimplemented(
+            "not supported by this host",
+        )))
     }
 
     async fn create_snapshot(
@@ -100,7 +104,9 @@ impl HostService for HostRpc {
         _: RequestContext,
         _: ServiceRequest<'_, CreateSnapshotRequest>,
     ) -> ServiceResult<impl Encodable<CreateSnapshotResponse> + Send + use<>> {
-        answer::<CreateSnapshotResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+        answer::<CreateSnapshotResponse>(Err(ConnectError::unimplemented(
+            "not supported by this host",
+        )))
     }
 
     async fn list_snapshots(
@@ -108,7 +114,9 @@ impl HostService for HostRpc {
         _: RequestContext,
         _: ServiceRequest<'_, ListSnapshotsRequest>,
     ) -> ServiceResult<impl Encodable<ListSnapshotsResponse> + Send + use<>> {
-        answer::<ListSnapshotsResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+        answer::<ListSnapshotsResponse>(Err(ConnectError::unimplemented(
+            "not supported by this host",
+        )))
     }
 
     async fn delete_snapshot(
@@ -116,7 +124,9 @@ impl HostService for HostRpc {
         _: RequestContext,
         _: ServiceRequest<'_, DeleteSnapshotRequest>,
     ) -> ServiceResult<impl Encodable<DeleteSnapshotResponse> + Send + use<>> {
-        answer::<DeleteSnapshotResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+        answer::<DeleteSnapshotResponse>(Err(ConnectError::unimplemented(
+            "not supported by this host",
+        )))
     }
 
     async fn fork_sandbox(
@@ -124,7 +134,9 @@ impl HostService for HostRpc {
         _: RequestContext,
         _: ServiceRequest<'_, ForkSandboxRequest>,
     ) -> ServiceResult<impl Encodable<ForkSandboxResponse> + Send + use<>> {
-        answer::<ForkSandboxResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+        answer::<ForkSandboxResponse>(Err(ConnectError::unimplemented(
+            "not supported by this host",
+        )))
     }
 
     async fn rollback_sandbox(
@@ -132,7 +144,9 @@ impl HostService for HostRpc {
         _: RequestContext,
         _: ServiceRequest<'_, RollbackSandboxRequest>,
     ) -> ServiceResult<impl Encodable<RollbackSandboxResponse> + Send + use<>> {
-        answer::<RollbackSandboxResponse>(Err(ConnectError::unimplemented("not supported by this host")))
+        answer::<RollbackSandboxResponse>(Err(ConnectError::unimplemented(
+            "not supported by this host",
+        )))
     }
 
     async fn exec(
