@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use wrenn_image::ImageStore;
 use wrenn_net::{NetConfig, NetError, SlotPool};
+use wrenn_snapshot::SnapshotError;
 use wrenn_types::SandboxId;
 use wrenn_vmm::{Launcher, QemuConfig, QemuVmm, Vmm, VmmError};
 use wrenn_wire::wrenn::host::v1::HostServiceExt;
@@ -18,10 +19,11 @@ use wrenn_wire::wrenn::host::v1::HostServiceExt;
 use crate::activity::InUse;
 use crate::config::HostConfig;
 use crate::guest::chain;
-use crate::machine::{MachineError, Site, machine_folders};
+use crate::machine::{MachineError, Site, generation_in, machine_folders};
 use crate::pool::Pool;
 use crate::rpc::HostRpc;
-use crate::sandbox::{Common, DialFailure, Manager};
+use crate::sandbox::{Common, DialFailure, Journal, Manager, Paused};
+use crate::snapshots::Snapshots;
 use crate::template::{TemplateError, TemplateStore};
 
 /// Restores under way at the same time, for each processor of the host.
@@ -66,6 +68,9 @@ pub enum AgentError {
     /// What an earlier agent left cannot be looked at.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// The snapshots cannot be opened.
+    #[error("cannot open the snapshots")]
+    Snapshots(#[from] SnapshotError),
     /// The default template cannot be had.
     #[error(transparent)]
     Template(#[from] TemplateError),
@@ -77,6 +82,7 @@ pub struct Parts {
     pub(crate) site: Arc<Site>,
     pub(crate) templates: Arc<TemplateStore>,
     pub(crate) pool: Arc<Pool>,
+    pub(crate) snapshots: Arc<Snapshots>,
     pub(crate) manager: Manager,
 }
 
@@ -101,6 +107,14 @@ pub(crate) fn lock_data_dir(config: &HostConfig) -> Result<DataDirLock, AgentErr
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o711)
+            .create(&dir)
+            .map_err(fail(dir.clone()))?;
+    }
+    // What a guest's memory held is nobody else's.
+    for dir in [config.snapshots_dir(), config.paused_dir()] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
             .create(&dir)
             .map_err(fail(dir.clone()))?;
     }
@@ -143,10 +157,84 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
     })
 }
 
+/// Takes over what an earlier agent left: paused sandboxes, machines, and pins of snapshots.
+/// Returns the slots that are in use.
+async fn adopt_all(
+    config: &HostConfig,
+    manager: &Manager,
+    snapshots: &Snapshots,
+) -> Result<HashSet<u32>, AgentError> {
+    let dir = config.paused_dir();
+    let mut needed = HashSet::new();
+    // What cannot be read may need any snapshot.
+    let mut all_read = true;
+    let paused = Paused::read_all(&dir).map_err(|source| AgentError::DataDir {
+        path: dir.clone(),
+        source,
+    })?;
+    for paused in paused {
+        match paused {
+            Ok(paused) => {
+                needed.insert((paused.snapshot, paused.journal.sandbox.to_string()));
+                manager.adopt_paused(paused);
+            }
+            Err(error) => {
+                tracing::error!(folder = %dir.display(), %error, "a paused sandbox is not there until this is mended");
+                all_read = false;
+            }
+        }
+    }
+    let mut in_use = HashSet::new();
+    for folder in newest_first(machine_folders(&config.machines_dir())?) {
+        let journal = Journal::read(&folder);
+        all_read &= journal.is_ok();
+        let journal = journal.ok().flatten();
+        match manager.adopt(folder.clone()).await {
+            Ok(slot) => {
+                if let (Some(_), Some(journal)) = (slot, journal) {
+                    let owner = journal.sandbox.to_string();
+                    needed.extend(journal.line.parent.map(|parent| (parent, owner)));
+                }
+                in_use.extend(slot);
+            }
+            // One that cannot be read must not keep the others from running on.
+            Err(error) => {
+                tracing::error!(folder = %folder.display(), error = %chain(&error), "not adopted");
+                all_read = false;
+            }
+        }
+    }
+    if all_read {
+        match snapshots.sweep(needed).await {
+            Ok(0) => {}
+            Ok(swept) => tracing::info!(swept, "snapshots that nobody needs are deleted"),
+            // One that is damaged must not keep the agent from starting.
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "snapshots that nobody needs may stay");
+            }
+        }
+    } else {
+        tracing::warn!("snapshots that nobody needs stay, for not everything could be read");
+    }
+    Ok(in_use)
+}
+
+/// Of two machines of one sandbox the one that was restored later is adopted first, and so is
+/// the sandbox's. Folders that cannot be read come last.
+fn newest_first(folders: Vec<PathBuf>) -> Vec<PathBuf> {
+    let mut folders: Vec<_> = folders
+        .into_iter()
+        .map(|folder| (generation_in(&folder), folder))
+        .collect();
+    folders.sort_by(|a, b| b.cmp(a));
+    folders.into_iter().map(|(_, folder)| folder).collect()
+}
+
 /// The agent of this host.
 pub struct HostAgent {
     parts: Arc<Parts>,
     filler: JoinHandle<()>,
+    collector: JoinHandle<()>,
     _lock: DataDirLock,
 }
 
@@ -160,22 +248,19 @@ impl HostAgent {
         let site = Arc::new(build_site(config.clone()).await?);
         let pool = Pool::new(site.clone(), templates.clone());
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let snapshots = {
+            let dir = config.snapshots_dir();
+            let opened = tokio::task::spawn_blocking(move || Snapshots::open(&dir));
+            opened.await.map_err(AgentError::Probe)??
+        };
         let manager = Manager::new(Arc::new(Common {
             site: site.clone(),
             templates: templates.clone(),
             pool: pool.clone(),
+            snapshots: snapshots.clone(),
             restores: tokio::sync::Semaphore::new(cpus * RESTORES_PER_CPU),
         }));
-        let mut in_use = HashSet::new();
-        for folder in machine_folders(&config.machines_dir())? {
-            match manager.adopt(folder.clone()).await {
-                Ok(slot) => in_use.extend(slot),
-                // One that cannot be read must not keep the others from running on.
-                Err(error) => {
-                    tracing::error!(folder = %folder.display(), error = %chain(&error), "not adopted");
-                }
-            }
-        }
+        let in_use = adopt_all(&config, &manager, &snapshots).await?;
         let swept = site.slots.sweep(&in_use).await?;
         if !swept.removed.is_empty() {
             tracing::info!(slots = ?swept.removed, "swept");
@@ -184,16 +269,19 @@ impl HostAgent {
             tracing::warn!(slot, error = %chain(error), "a network slot that nobody uses stays");
         }
         let filler = pool.keep_filled(config.default_template.clone(), config.pool_size);
+        let collector = snapshots.keep_collected();
         let parts = Arc::new(Parts {
             config,
             site,
             templates,
             pool,
+            snapshots,
             manager,
         });
         Ok(HostAgent {
             parts,
             filler,
+            collector,
             _lock: lock,
         })
     }
@@ -218,12 +306,12 @@ impl HostAgent {
         InProcessHost(self.parts.clone())
     }
 
-    /// Sandboxes that are alive.
+    /// Sandboxes that have a machine.
     pub fn alive(&self) -> Vec<SandboxId> {
         let handles = self.parts.manager.list();
         handles
             .iter()
-            .filter(|h| !h.view().state.is_final())
+            .filter(|h| h.live().is_some())
             .map(|h| h.id)
             .collect()
     }
@@ -236,6 +324,11 @@ impl HostAgent {
             self.parts.manager.destroy_all().await;
         }
         self.parts.pool.close(self.filler).await;
+        // Half-way it leaves nothing that the next agent does not find and finish.
+        self.collector.abort();
+        if let Err(error) = self.parts.snapshots.collect().await {
+            tracing::warn!(error = %chain(&error), "deleted snapshots still take their space");
+        }
         self.parts.site.slots.shutdown().await;
     }
 }

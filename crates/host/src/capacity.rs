@@ -87,6 +87,22 @@ pub fn expected_use(shape: Shape) -> u64 {
     IDLE_MACHINE + shape.memory.bytes() * EXPECTED_USE_PERCENT / 100
 }
 
+/// Whether there is room to save a sandbox: what it has written since it started is of its
+/// memory's order, and the disk's reserve is what a full disk is met with.
+pub fn admit_save(dir: &Path) -> Result<(), CapacityError> {
+    let available = disk_available(dir).map_err(|source| CapacityError::Unknown {
+        what: "disk",
+        source,
+    })?;
+    match available >= DISK_RESERVE {
+        true => Ok(()),
+        false => Err(CapacityError::Disk {
+            dir: dir.display().to_string(),
+            available_mib: available >> 20,
+        }),
+    }
+}
+
 /// How many more machines of this shape fit.
 pub fn fits(shape: Shape, memory_available: u64, disk_available: u64) -> u64 {
     let by_memory = memory_available.saturating_sub(MEMORY_RESERVE) / expected_use(shape);

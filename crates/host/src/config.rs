@@ -68,6 +68,16 @@ impl HostConfig {
         machines_dir(&self.data_dir)
     }
 
+    /// Where snapshots of sandboxes are kept.
+    pub(crate) fn snapshots_dir(&self) -> PathBuf {
+        self.data_dir.join("snapshots")
+    }
+
+    /// Where the journals of paused sandboxes are.
+    pub(crate) fn paused_dir(&self) -> PathBuf {
+        self.data_dir.join("paused")
+    }
+
     pub(crate) fn network_dir(&self) -> PathBuf {
         self.data_dir.join("network")
     }

@@ -19,7 +19,7 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use wrenn_net::GuestDialer;
 use wrenn_types::AccessToken;
@@ -153,6 +153,24 @@ pub struct Identity<'a> {
     pub default_user: &'a str,
 }
 
+/// What the guest's restore hook says it did; see `docs/architecture.md`. An agent that says
+/// nothing certifies nothing.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Restored {
+    /// The kernel's random number generator was given fresh entropy.
+    pub entropy_reseeded: bool,
+    /// Machine id, host name, ids and token were replaced.
+    pub ids_rotated: bool,
+    /// By how many microseconds the clock was ahead of the host's before it was set.
+    pub clock_offset_micros: i64,
+    /// The steps in their order, with the microseconds each took.
+    pub steps: Vec<(String, u64)>,
+}
+
+/// The header of `/init`'s answer that carries [`Restored`].
+const RESTORED_HEADER: &str = "x-wrenn-restored";
+
 /// A client of one machine's guest agent.
 #[derive(Clone)]
 pub struct Guest {
@@ -201,14 +219,14 @@ impl Guest {
         identity: &Identity<'_>,
         host_token: &AccessToken,
         patience: Duration,
-    ) -> Result<(), GuestError> {
+    ) -> Result<Restored, GuestError> {
         const WHAT: &str = "its restore hook (/init)";
         let started = Instant::now();
         let mut last = "not tried".to_owned();
         while started.elapsed() < patience {
             let answer = tokio::time::timeout(INIT_ATTEMPT, self.init_once(identity, host_token));
             match answer.await {
-                Ok(Ok(())) => return Ok(()),
+                Ok(Ok(restored)) => return Ok(restored),
                 // It is there and says no: trying again would not change its mind.
                 Ok(Err(refused @ GuestError::Refused { .. })) => return Err(refused),
                 Ok(Err(other)) => last = other.to_string(),
@@ -227,7 +245,7 @@ impl Guest {
         &self,
         identity: &Identity<'_>,
         host_token: &AccessToken,
-    ) -> Result<(), GuestError> {
+    ) -> Result<Restored, GuestError> {
         const WHAT: &str = "its restore hook (/init)";
         let broken = |cause: String| GuestError::Broken { what: WHAT, cause };
         let mut entropy = [0u8; 64];
@@ -245,26 +263,48 @@ impl Guest {
             .header("x-access-token", host_token.reveal())
             .body(full(body.to_string()))
             .map_err(|e| broken(e.to_string()))?;
-        self.send(WHAT, request).await.map(drop)
+        let answer = self.send(WHAT, request).await?;
+        match answer.headers().get(RESTORED_HEADER) {
+            Some(said) => serde_json::from_slice(said.as_bytes())
+                .map_err(|e| broken(format!("what it says it did is not understood: {e}"))),
+            None => Ok(Restored::default()),
+        }
     }
 
     /// Quiesces the guest for a freeze: its own connections idle, the users' processes
     /// frozen, file systems synced.
     pub async fn prepare_snapshot(&self, host_token: &AccessToken) -> Result<(), GuestError> {
         const WHAT: &str = "to be quiet for a snapshot (/snapshot/prepare)";
+        self.host_call(WHAT, "/snapshot/prepare", host_token).await
+    }
+
+    /// Has a quiesced guest go on, when there was no freeze or its machine lives on. One that
+    /// is not quiesced does nothing.
+    pub async fn undo_snapshot(&self, host_token: &AccessToken) -> Result<(), GuestError> {
+        const WHAT: &str = "to go on after a snapshot (/snapshot/undo)";
+        self.host_call(WHAT, "/snapshot/undo", host_token).await
+    }
+
+    /// A call without content of one of the host's own routes.
+    async fn host_call(
+        &self,
+        what: &'static str,
+        path: &str,
+        host_token: &AccessToken,
+    ) -> Result<(), GuestError> {
         let request = Request::builder()
             .method(Method::POST)
-            .uri(format!("http://guest:{ENVD_PORT}/snapshot/prepare"))
+            .uri(format!("http://guest:{ENVD_PORT}{path}"))
             .header("x-access-token", host_token.reveal())
             .body(full(""))
             .map_err(|e| GuestError::Broken {
-                what: WHAT,
+                what,
                 cause: e.to_string(),
             })?;
-        match tokio::time::timeout(CALL_TIMEOUT, self.send(WHAT, request)).await {
+        match tokio::time::timeout(CALL_TIMEOUT, self.send(what, request)).await {
             Ok(answer) => answer.map(drop),
             Err(_) => Err(GuestError::Unreachable {
-                what: WHAT,
+                what,
                 waited: CALL_TIMEOUT,
                 last: "no answer".to_owned(),
             }),

@@ -11,9 +11,13 @@
 //! The life of a sandbox, as its owner sees it:
 //!
 //! ```text
+//!                    ┌─▶ Snapshotting ─┐
+//!                    └───────┬─────────┘ snapshot, fork
 //!  create ─▶ Starting ──▶ Running ──▶ Stopping ─▶ Stopped   by request, or its time was over
-//!                │            └───────────────▶ Error      its machine died
-//!                └────────────────────────────▶ Error      it could not be started
+//!                │         │  ▲  └────────────▶ Error       its machine died
+//!                │  Pausing┘  └Resuming                     by request, its time, or traffic
+//!                │         └▶ Paused ─▶ Stopping ─▶ Stopped
+//!                └──────────────────────────▶ Error         it could not be started
 //! ```
 //!
 //! A machine's life hangs on no request and not on this process either: QEMU runs under a
@@ -30,6 +34,7 @@ mod machine;
 mod pool;
 mod rpc;
 mod sandbox;
+mod snapshots;
 mod template;
 
 pub use activity::InUse;

@@ -12,7 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::guest::Identity;
-use crate::machine::{LiveMachine, MachineError, Phases, Site, restore};
+use crate::machine::{LiveMachine, MachineError, Origin, Phases, Site, restore};
 use crate::template::{LoadedTemplate, TemplateStore, WarmUp, warm};
 
 /// How long a restored machine may take until its guest agent has run the hook.
@@ -114,7 +114,8 @@ impl Pool {
     async fn make(&self, template: &Arc<LoadedTemplate>) -> Result<LiveMachine, MachineError> {
         let started = Instant::now();
         let mut phases = Phases::default();
-        let (mut machine, restore_id) = restore(&self.site, template, &mut phases).await?;
+        let origin = Origin::template(template.clone());
+        let (mut machine, restore_id) = restore(&self.site, &origin, &mut phases).await?;
         let prepare = async {
             machine.vm.resume().await?;
             let token = machine.host_token();

@@ -49,7 +49,7 @@ impl Memory {
 
     /// A reader of the memory's content. Inherited pages need `base`; without it, reading one
     /// is an error. One reader per thread.
-    pub fn reader<'a>(&'a self, base: Option<&'a dyn Base>) -> Result<PageReader<'a>> {
+    pub fn reader<'a>(&self, base: Option<&'a dyn Base>) -> Result<PageReader<'a>> {
         if let Some(base) = base
             && (self.map.base() != Some(base.id()) || base.pages() != self.map.pages())
         {
@@ -62,7 +62,7 @@ impl Memory {
             });
         }
         Ok(PageReader {
-            memory: self,
+            memory: self.clone(),
             base,
             scratch: Scratch::default(),
         })
@@ -70,10 +70,10 @@ impl Memory {
 
     /// What differs from the base, ascending: to be written over a private mapping of it.
     /// Zero runs are part of it, inherited pages are not.
-    pub fn delta(&self) -> Delta<'_> {
+    pub fn delta(&self) -> Delta {
         Delta {
             reader: PageReader {
-                memory: self,
+                memory: self.clone(),
                 base: None,
                 scratch: Scratch::default(),
             },
@@ -174,7 +174,7 @@ fn for_common_parts(
 
 /// Reads a memory's content page by page or in batches. What is read was checked.
 pub struct PageReader<'a> {
-    memory: &'a Memory,
+    memory: Memory,
     base: Option<&'a dyn Base>,
     scratch: Scratch,
 }
@@ -231,16 +231,16 @@ pub enum Content<'a> {
 
 /// Walks over what differs from the base; see [`Memory::delta`]. Not an [`Iterator`], because
 /// what it gives lies in its own buffer.
-pub struct Delta<'a> {
-    reader: PageReader<'a>,
+pub struct Delta {
+    reader: PageReader<'static>,
     next: u64,
     buffer: Vec<u8>,
 }
 
-impl Delta<'_> {
+impl Delta {
     /// The next run: data in runs of at most 1 MiB, zeros of any length. `None` at the end.
     pub fn next_run(&mut self) -> Result<Option<Content<'_>>> {
-        let map = &self.reader.memory.map;
+        let map = Arc::clone(&self.reader.memory.map);
         while let Some(extent) = map.lookup(self.next) {
             match extent.source {
                 Source::Base => self.next = extent.range.end(),

@@ -10,16 +10,19 @@ use serde::Serialize;
 use sha2::{Digest, Sha512};
 use wrenn_image::Image;
 use wrenn_net::Slot;
+use wrenn_snapshot::{Snapshot, SnapshotError};
 use wrenn_types::{AccessToken, Shape};
 use wrenn_vmm::{
-    Accelerator, BootFiles, BootSpec, DiskChain, IDENTITY_BYTES, Machine, MachineSpec, MemoryFile,
-    RestoreSpec, VmmError, create_overlay,
+    Accelerator, BootFiles, BootSpec, Delta, DiskChain, FIRMWARE_BYTES, Fingerprint,
+    IDENTITY_BYTES, Machine, MachineSpec, MemoryFile, RestoreSpec, VmmError, create_overlay,
+    state_file,
 };
 
 use super::{
     LiveMachine, MachineError, Phases, RECORD, RECORD_VERSION, Record, Site, files, write_json,
 };
 use crate::guest::Guest;
+use crate::snapshots::{SnapshotPages, blocking, firmware_part};
 use crate::template::LoadedTemplate;
 
 /// The same in every guest, so that any snapshot runs in any slot.
@@ -120,10 +123,8 @@ impl Ground {
     }
 }
 
-/// Where the disk of a machine lies that writes into `folder`.
-fn own_disk(folder: &Path) -> PathBuf {
-    folder.join("disk.qcow2")
-}
+/// The disk layer, in a machine's folder, that a machine starts to write to.
+pub const FIRST_LAYER: &str = "disk.qcow2";
 
 fn make_overlay(path: &Path, size: u64) -> Result<(), MachineError> {
     create_overlay(path, size).map_err(|source| MachineError::File {
@@ -133,14 +134,95 @@ fn make_overlay(path: &Path, size: u64) -> Result<(), MachineError> {
     })
 }
 
-/// Restores a machine of this template in a slot of its own. It is loaded and stopped;
-/// the id of the restore that its guest agent waits for is returned with it.
+/// What a machine is restored from.
+#[derive(Clone)]
+pub struct Origin {
+    /// The template.
+    pub template: Arc<LoadedTemplate>,
+    /// What was saved over it since, if it is not to be the template itself.
+    pub snapshot: Option<Arc<Snapshot>>,
+    /// How often its line of memory was restored, this time included.
+    pub generation: u64,
+}
+
+impl Origin {
+    /// A template as it was frozen.
+    pub fn template(template: Arc<LoadedTemplate>) -> Origin {
+        Origin {
+            template,
+            snapshot: None,
+            generation: 1,
+        }
+    }
+}
+
+/// What of a snapshot goes into a machine, read and verified but for the pages, which are
+/// when they are brought in.
+struct Contents {
+    layers: Vec<PathBuf>,
+    state: File,
+    delta: Delta,
+}
+
+async fn contents(site: &Site, snapshot: Arc<Snapshot>) -> Result<Contents, MachineError> {
+    let here = site.vmm.info().fingerprint.clone();
+    let read = blocking(move || {
+        let layers = snapshot.disk_layers()?;
+        let part = firmware_part()?;
+        let firmware = snapshot
+            .parts()
+            .iter()
+            .find(|(name, _)| *name == part)
+            .and_then(|(_, content)| <[u8; FIRMWARE_BYTES]>::try_from(&content[..]).ok());
+        let (Some(memory), Some(firmware)) = (snapshot.memory(), firmware) else {
+            let problem = format!("snapshot {} holds a disk and no machine", snapshot.id());
+            return Err(SnapshotError::Incomplete(problem));
+        };
+        let pages = SnapshotPages(memory.delta());
+        Ok((
+            snapshot.manifest().description.vmm.fingerprint.clone(),
+            layers.into_iter().map(|layer| layer.path).collect(),
+            snapshot.device_state().to_vec(),
+            Delta {
+                firmware: Box::new(firmware),
+                pages: Box::new(pages),
+            },
+        ))
+    });
+    let (fingerprint, layers, state, delta) = read.await?;
+    let saved: Fingerprint = serde_json::from_value(fingerprint)
+        .map_err(|e| MachineError::OtherMonitor(format!("its description is not known: {e}")))?;
+    here.accepts(&saved)
+        .map_err(|differences| MachineError::OtherMonitor(differences.to_string()))?;
+    let state = state_file(&state).map_err(|source| MachineError::File {
+        action: "hold the device state of",
+        path: site.config.snapshots_dir(),
+        source,
+    })?;
+    Ok(Contents {
+        layers,
+        state,
+        delta,
+    })
+}
+
+/// Restores a machine in a slot of its own. It is loaded and stopped; the id of the restore
+/// that its guest agent waits for is returned with it.
 pub async fn restore(
     site: &Site,
-    template: &Arc<LoadedTemplate>,
+    origin: &Origin,
     phases: &mut Phases,
 ) -> Result<(LiveMachine, String), MachineError> {
     let mut clock = Instant::now();
+    let template = &origin.template;
+    let saved = match &origin.snapshot {
+        Some(snapshot) => {
+            let saved = contents(site, snapshot.clone()).await?;
+            phases.note("verify", &mut clock);
+            Some(saved)
+        }
+        None => None,
+    };
     let ground = Ground::take(site).await?;
     phases.note("slot", &mut clock);
     let manifest = &template.manifest;
@@ -148,11 +230,23 @@ pub async fn restore(
         let host_token = AccessToken::generate()?;
         let restore_id = new_restore_id()?;
         let channel = restore_channel(&restore_id, &manifest.name, &host_token)?;
-        let top = own_disk(&ground.folder);
+        let top = ground.folder.join(FIRST_LAYER);
         make_overlay(&top, manifest.disk_bytes)?;
+        let (layers, state, delta) = match saved {
+            Some(saved) => (saved.layers, saved.state, Some(saved.delta)),
+            None => {
+                let state = File::open(template.state());
+                let state = state.map_err(|source| MachineError::File {
+                    action: "open",
+                    path: template.state(),
+                    source,
+                })?;
+                (Vec::new(), state, None)
+            }
+        };
         let disk = DiskChain {
             base: template.image.rootfs(),
-            layers: vec![template.disk()],
+            layers: [template.disk()].into_iter().chain(layers).collect(),
             top,
         };
         let record = Record {
@@ -162,7 +256,7 @@ pub async fn restore(
             shape: manifest.shape,
             disk_mib: manifest.disk_bytes >> 20,
             envd_version: manifest.envd_version.clone(),
-            generation: 1,
+            generation: origin.generation,
             host_token: host_token.reveal().to_owned(),
         };
         write_json(&ground.folder, RECORD, &record).map_err(|source| MachineError::File {
@@ -170,23 +264,19 @@ pub async fn restore(
             path: ground.folder.join(RECORD),
             source,
         })?;
-        let state = File::open(template.state()).map_err(|source| MachineError::File {
-            action: "open",
-            path: template.state(),
-            source,
-        })?;
         let boot = boot_files(&template.image, manifest.cmdline.clone());
         let machine = ground.spec(manifest.shape, boot, disk, channel).await?;
         phases.note("prepare", &mut clock);
         let memory = template.memory.clone();
-        let vm = site
-            .vmm
-            .restore(RestoreSpec {
-                machine,
-                memory,
-                state,
-            })
-            .await?;
+        let spec = RestoreSpec {
+            machine,
+            memory,
+            state,
+        };
+        let vm = match delta {
+            Some(delta) => site.vmm.restore_delta(spec, delta).await?,
+            None => site.vmm.restore(spec).await?,
+        };
         phases.note("restore", &mut clock);
         Ok((vm, record, restore_id))
     };

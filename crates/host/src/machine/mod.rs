@@ -6,17 +6,19 @@ mod files;
 mod sweep;
 
 pub use bringup::{
-    BootedMachine, boot_for_template, disk_bytes, kernel_command_line, new_restore_id, restore,
+    BootedMachine, FIRST_LAYER, Origin, boot_for_template, disk_bytes, kernel_command_line,
+    new_restore_id, restore,
 };
 pub use files::{read_json, remove_folder, write_json};
 pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use wrenn_net::{NetError, Slot, SlotPool};
+use wrenn_snapshot::SnapshotError;
 use wrenn_types::{AccessToken, SecretError, Shape};
 use wrenn_vmm::{Machine, Vmm, VmmError};
 
@@ -51,6 +53,12 @@ pub enum MachineError {
     /// It was being made for the pool, which is closed now.
     #[error("the pool closed while the machine was being made")]
     PoolClosed,
+    /// The snapshot it comes from cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The snapshot it comes from was saved on a host unlike this one.
+    #[error("the snapshot cannot be restored here: {0}")]
+    OtherMonitor(String),
     /// A file of the machine could not be handled.
     #[error("cannot {action} {path}: {source}")]
     File {
@@ -99,6 +107,12 @@ pub struct Record {
 
 const RECORD: &str = "record.json";
 const RECORD_VERSION: u32 = 1;
+
+/// How often the machine in this folder was restored; `None` when that cannot be read.
+pub fn generation_in(folder: &Path) -> Option<u64> {
+    let record: Option<Record> = read_json(folder, RECORD).ok().flatten();
+    record.map(|record| record.generation)
+}
 
 impl Record {
     fn host_token(&self) -> AccessToken {

@@ -11,7 +11,8 @@ use super::{LiveMachine, MachineError, Site, files};
 use crate::agent::{AgentError, build_site, lock_data_dir};
 use crate::config::HostConfig;
 use crate::guest::chain;
-use crate::sandbox::Journal;
+use crate::sandbox::{Journal, Paused};
+use crate::snapshots::{Snapshots, blocking};
 
 /// What a sweep found, and unless it was a rehearsal, removed.
 #[derive(Debug, Default, Serialize)]
@@ -71,6 +72,9 @@ pub async fn sweep(
     let site = build_site(config).await?;
     let mut report = SweepReport::default();
     let mut in_use = HashSet::new();
+    if sandboxes {
+        report.ended = end_paused(&site.config, rehearse).await?;
+    }
     for folder in machine_folders(&site.config.machines_dir())? {
         let journal = Journal::read(&folder);
         let id = journal
@@ -112,6 +116,33 @@ pub async fn sweep(
         site.slots.shutdown().await;
     }
     Ok(report)
+}
+
+/// Ends all paused sandboxes, and deletes the snapshots that only sandboxes needed.
+async fn end_paused(config: &HostConfig, rehearse: bool) -> Result<Vec<String>, SweepError> {
+    let dir = config.paused_dir();
+    let file = |source| MachineError::File {
+        action: "end the paused sandboxes in",
+        path: dir.clone(),
+        source,
+    };
+    let mut ended = Vec::new();
+    for paused in Paused::read_all(&dir).map_err(file)? {
+        let sandbox = paused.map_err(file)?.journal.sandbox;
+        if !rehearse {
+            Paused::remove(&dir, sandbox).map_err(file)?;
+        }
+        ended.push(sandbox.to_string());
+    }
+    if !rehearse {
+        let dir = config.snapshots_dir();
+        let snapshots = blocking(move || Snapshots::open(&dir)).await;
+        let snapshots = snapshots.map_err(MachineError::from)?;
+        let swept = snapshots.sweep(HashSet::new()).await;
+        swept.map_err(MachineError::from)?;
+        snapshots.collect().await.map_err(MachineError::from)?;
+    }
+    Ok(ended)
 }
 
 async fn end(site: &Site, machine: LiveMachine, rehearse: bool, in_use: &mut HashSet<u32>) {

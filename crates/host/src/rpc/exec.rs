@@ -165,7 +165,7 @@ impl HostRpc {
     ) -> Result<rpc::ExecResponse, ConnectError> {
         let started = Instant::now();
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
-        let (live, _in_use) = handle.in_use()?;
+        let (live, _in_use) = handle.in_use().await?;
         let command = request
             .command
             .as_option()
@@ -246,7 +246,7 @@ impl HostRpc {
         request: rpc::ExecStreamRequest,
     ) -> Result<ServiceStream<rpc::ProcessOutput>, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
-        let live = handle.running()?;
+        let live = handle.running().await?;
         let command = request
             .command
             .as_option()
@@ -282,7 +282,7 @@ impl HostRpc {
         request: rpc::AttachRequest,
     ) -> Result<ServiceStream<rpc::ProcessOutput>, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
-        let live = handle.running()?;
+        let live = handle.running().await?;
         let process = selector(request.process.as_option())?;
         let request = envd::ConnectRequest {
             process: process.into(),
@@ -306,7 +306,7 @@ impl HostRpc {
     ) -> Result<rpc::SendInputResponse, ConnectError> {
         use host_oneof::send_input_request::Input;
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
-        let (live, _in_use) = handle.in_use()?;
+        let (live, _in_use) = handle.in_use().await?;
         let process = selector(request.process.as_option())?.into();
         let processes = live.guest.processes();
         let bytes = |input| {
@@ -381,7 +381,7 @@ impl HostRpc {
         id: &str,
     ) -> Result<rpc::ListProcessesResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(id)?)?;
-        let (live, _in_use) = handle.in_use()?;
+        let (live, _in_use) = handle.in_use().await?;
         let list = live
             .guest
             .processes()

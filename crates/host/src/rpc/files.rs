@@ -29,7 +29,7 @@ impl HostRpc {
         request: rpc::ReadFileRequest,
     ) -> Result<ServiceStream<rpc::ReadFileResponse>, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
-        let live = handle.running()?;
+        let live = handle.running().await?;
         let in_use = handle.activity.begin();
         let (size, mut body) = live.guest.read_file(&request.path, &request.user).await?;
         let (sender, receiver) = mpsc::channel(BUFFER);
@@ -78,7 +78,7 @@ impl HostRpc {
             return Err(ConnectError::invalid_argument(wrong));
         };
         let handle = self.0.manager.get(sandbox_id(&target.sandbox_id)?)?;
-        let (live, _in_use) = handle.in_use()?;
+        let (live, _in_use) = handle.in_use().await?;
         let (sender, receiver) = mpsc::channel::<Result<Frame<Bytes>, ConnectError>>(BUFFER);
         let body = BodyExt::boxed(StreamBody::new(ReceiverStream::new(receiver)));
         let write = live.guest.write_file(&target.path, &target.user, body);

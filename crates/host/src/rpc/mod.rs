@@ -5,12 +5,15 @@ mod exec;
 mod files;
 mod sandboxes;
 mod service;
+mod snapshots;
 
 pub use service::HostRpc;
 
+use std::io;
 use std::sync::Arc;
 
 use connectrpc::ConnectError;
+use wrenn_snapshot::SnapshotError;
 use wrenn_types::{SandboxId, ShapeError};
 
 use crate::guest::chain;
@@ -35,6 +38,23 @@ fn with_reason(mut error: ConnectError, reason: &'static str) -> ConnectError {
     error
 }
 
+fn snapshot_failure(error: SnapshotError) -> ConnectError {
+    let text = chain(&error);
+    match &error {
+        SnapshotError::NotFound { .. } => {
+            with_reason(ConnectError::not_found(text), "snapshot_not_found")
+        }
+        SnapshotError::Shape { .. } => ConnectError::invalid_argument(text),
+        SnapshotError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            with_reason(ConnectError::resource_exhausted(text), "no_space")
+        }
+        _ => {
+            tracing::error!(error = %text, "a request failed");
+            ConnectError::internal(text)
+        }
+    }
+}
+
 impl From<SandboxError> for ConnectError {
     fn from(error: SandboxError) -> Self {
         let text = chain(&error);
@@ -51,11 +71,15 @@ impl From<SandboxError> for ConnectError {
             SandboxError::Capacity(_) => {
                 return with_reason(ConnectError::resource_exhausted(text), "no_capacity");
             }
+            SandboxError::ForeignSnapshot { .. } => {
+                return with_reason(ConnectError::not_found(text), "snapshot_not_found");
+            }
             SandboxError::Ending => ConnectError::unavailable(text.clone()),
             _ => ConnectError::internal(text.clone()),
         };
         match error {
             SandboxError::Guest(guest) => guest.into(),
+            SandboxError::Snapshot(error) => snapshot_failure(error),
             SandboxError::Ending => refused,
             _ => {
                 tracing::error!(error = %text, "a request failed");

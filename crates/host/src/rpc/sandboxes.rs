@@ -15,7 +15,7 @@ use crate::sandbox::{CreateSandbox, Handle};
 /// All of the console that is kept.
 const WHOLE_CONSOLE: usize = 1 << 20;
 
-fn sandbox(handle: &Handle) -> rpc::Sandbox {
+pub(super) fn sandbox(handle: &Handle) -> rpc::Sandbox {
     let view = handle.view();
     let mut wire = rpc::Sandbox {
         sandbox_id: handle.id.to_string(),
@@ -27,21 +27,26 @@ fn sandbox(handle: &Handle) -> rpc::Sandbox {
         reason: view.reason,
         ..Default::default()
     };
-    if let Some(live) = handle.live() {
-        let record = &live.record;
-        wire.template_digest = record.template_digest.clone();
-        wire.vcpus = record.shape.vcpus.0;
-        wire.memory_mib = record.shape.memory.0;
-        wire.disk_mib = record.disk_mib;
-        wire.generation = record.generation;
-        wire.envd_version = record.envd_version.clone();
-        wire.secure = live.token.is_some();
-        wire.access_token = live
+    if let Some(about) = view.about {
+        wire.template_digest = about.template_digest.clone();
+        wire.vcpus = about.shape.vcpus.0;
+        wire.memory_mib = about.shape.memory.0;
+        wire.disk_mib = about.disk_mib;
+        wire.generation = about.generation;
+        wire.envd_version = about.envd_version.clone();
+        wire.secure = about.token.is_some();
+        wire.pause_at_end = about.pause_at_end;
+        wire.auto_resume = about.auto_resume;
+        wire.access_token = about
             .token
             .as_ref()
             .map(AccessToken::reveal)
             .unwrap_or_default()
             .to_owned();
+        wire.snapshot_id = about
+            .snapshot
+            .map(|snapshot| snapshot.to_string())
+            .unwrap_or_default();
     }
     wire
 }
@@ -68,9 +73,23 @@ impl HostRpc {
         let shape = (vcpus.is_some() || memory.is_some())
             .then(|| shapes.check(vcpus, memory).map_err(bad_shape))
             .transpose()?;
+        let (snapshot, shape) = match request.snapshot_id.as_str() {
+            "" => (None, shape),
+            id => {
+                let snapshot = self.kept_snapshot(id).await?;
+                let manifest = snapshot.manifest();
+                if let Some(asked) = shape {
+                    manifest
+                        .require_shape(asked)
+                        .map_err(|e| ConnectError::invalid_argument(e.to_string()))?;
+                }
+                (Some(snapshot.id()), Some(manifest.description.shape))
+            }
+        };
         let create = CreateSandbox {
             id,
             template: request.template,
+            snapshot,
             shape,
             envs: request.envs.into_iter().collect(),
             lifetime: request
@@ -80,13 +99,15 @@ impl HostRpc {
                 .unwrap_or_default(),
             allow_internet: request.allow_internet,
             secure: request.secure,
+            pause_at_end: request.pause_at_end,
+            auto_resume: request.auto_resume,
         };
         let handle = self.0.manager.create(create).await?;
         Ok(rpc::CreateSandboxResponse {
             sandbox: sandbox(&handle).into(),
             phases: handle
                 .live()
-                .map(|live| phases(&live.phases))
+                .map(|live| phases(&live.certificate.phases))
                 .unwrap_or_default(),
             ..Default::default()
         })
@@ -127,7 +148,7 @@ impl HostRpc {
         request: rpc::SetLifetimeRequest,
     ) -> Result<rpc::SetLifetimeResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
-        handle.running()?;
+        handle.running().await?;
         handle.activity.touch();
         if let Some(lifetime) = request.lifetime.as_option() {
             handle.set_lifetime(lifetime.into()).await?;
@@ -143,7 +164,7 @@ impl HostRpc {
         request: rpc::GetLogsRequest,
     ) -> Result<rpc::GetLogsResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
-        let live = handle.running()?;
+        let live = handle.running().await?;
         let bytes = match usize::try_from(request.tail_bytes) {
             Ok(0) | Err(_) => WHOLE_CONSOLE,
             Ok(bytes) => bytes,

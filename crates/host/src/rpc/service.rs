@@ -82,31 +82,25 @@ impl HostService for HostRpc {
     async fn pause_sandbox(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, PauseSandboxRequest>,
+        request: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<>> {
-        answer::<PauseSandboxResponse>(Err(ConnectError::unimplemented(
-            "not supported by this host",
-        )))
+        answer(self.pause(request.sandbox_id).await)
     }
 
     async fn resume_sandbox(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, ResumeSandboxRequest>,
+        request: ServiceRequest<'_, ResumeSandboxRequest>,
     ) -> ServiceResult<impl Encodable<ResumeSandboxResponse> + Send + use<>> {
-        answer::<ResumeSandboxResponse>(Err(ConnectError::unimplemented(
-            "not supported by this host",
-        )))
+        answer(self.resume(request.to_owned_message()).await)
     }
 
     async fn create_snapshot(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, CreateSnapshotRequest>,
+        request: ServiceRequest<'_, CreateSnapshotRequest>,
     ) -> ServiceResult<impl Encodable<CreateSnapshotResponse> + Send + use<>> {
-        answer::<CreateSnapshotResponse>(Err(ConnectError::unimplemented(
-            "not supported by this host",
-        )))
+        answer(self.snapshot(request.to_owned_message()).await)
     }
 
     async fn list_snapshots(
@@ -114,39 +108,31 @@ impl HostService for HostRpc {
         _: RequestContext,
         _: ServiceRequest<'_, ListSnapshotsRequest>,
     ) -> ServiceResult<impl Encodable<ListSnapshotsResponse> + Send + use<>> {
-        answer::<ListSnapshotsResponse>(Err(ConnectError::unimplemented(
-            "not supported by this host",
-        )))
+        answer(self.snapshots().await)
     }
 
     async fn delete_snapshot(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, DeleteSnapshotRequest>,
+        request: ServiceRequest<'_, DeleteSnapshotRequest>,
     ) -> ServiceResult<impl Encodable<DeleteSnapshotResponse> + Send + use<>> {
-        answer::<DeleteSnapshotResponse>(Err(ConnectError::unimplemented(
-            "not supported by this host",
-        )))
+        answer(self.delete_snapshot(request.snapshot_id).await)
     }
 
     async fn fork_sandbox(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, ForkSandboxRequest>,
+        request: ServiceRequest<'_, ForkSandboxRequest>,
     ) -> ServiceResult<impl Encodable<ForkSandboxResponse> + Send + use<>> {
-        answer::<ForkSandboxResponse>(Err(ConnectError::unimplemented(
-            "not supported by this host",
-        )))
+        answer(self.fork(request.to_owned_message()).await)
     }
 
     async fn rollback_sandbox(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, RollbackSandboxRequest>,
+        request: ServiceRequest<'_, RollbackSandboxRequest>,
     ) -> ServiceResult<impl Encodable<RollbackSandboxResponse> + Send + use<>> {
-        answer::<RollbackSandboxResponse>(Err(ConnectError::unimplemented(
-            "not supported by this host",
-        )))
+        answer(self.roll_back(request.to_owned_message()).await)
     }
 
     async fn exec(

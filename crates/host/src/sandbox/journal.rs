@@ -12,12 +12,64 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
+use wrenn_snapshot::SnapshotId;
 use wrenn_types::{AccessToken, SandboxId};
 
+use super::{CreateSandbox, SandboxError};
 use crate::lifetime::Lifetime;
+use crate::machine::FIRST_LAYER;
 
 const FILE: &str = "sandbox.json";
 const VERSION: u32 = 1;
+
+/// Where a machine's memory and disk go on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Line {
+    /// The snapshot it was restored from or last saved as; `None`: its template. The sandbox
+    /// has it pinned.
+    pub parent: Option<SnapshotId>,
+    /// Its disk's layers since then, files in the machine's folder, the lowest first. The last
+    /// is written to, or will be after a switch that is under way; an empty one that is not
+    /// part of the disk changes nothing in it.
+    pub layers: Vec<String>,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Line::from(None)
+    }
+}
+
+impl From<Option<SnapshotId>> for Line {
+    /// A machine that was just restored from `parent`.
+    fn from(parent: Option<SnapshotId>) -> Self {
+        Line {
+            parent,
+            layers: vec![FIRST_LAYER.to_owned()],
+        }
+    }
+}
+
+impl Line {
+    /// The layer that is written to.
+    pub fn top(&self) -> &str {
+        self.layers.last().map_or(FIRST_LAYER, String::as_str)
+    }
+
+    /// A name for a layer on top of them; no earlier one of the machine had it.
+    pub fn next_layer(&self) -> String {
+        let number = |layer: &str| -> Option<u64> {
+            layer
+                .strip_prefix("disk-")?
+                .strip_suffix(".qcow2")?
+                .parse()
+                .ok()
+        };
+        let last = self.layers.iter().filter_map(|layer| number(layer)).max();
+        format!("disk-{}.qcow2", last.unwrap_or(0) + 1)
+    }
+}
 
 /// The agent's memory of one sandbox. Holds its token: the folder is readable by root only.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -37,27 +89,32 @@ pub struct Journal {
     pub envs: BTreeMap<String, String>,
     /// Whether it may reach the internet.
     pub allow_internet: bool,
+    /// When its time is over it is paused, not ended.
+    #[serde(default)]
+    pub pause_at_end: bool,
+    /// While it is paused, traffic to its ports resumes it.
+    #[serde(default)]
+    pub auto_resume: bool,
+    /// Where its machine goes on from.
+    #[serde(default)]
+    pub line: Line,
 }
 
 impl Journal {
     /// The entry of a sandbox that starts now.
-    pub fn new(
-        sandbox: SandboxId,
-        template: String,
-        token: Option<&AccessToken>,
-        lifetime: Lifetime,
-        envs: BTreeMap<String, String>,
-        allow_internet: bool,
-    ) -> Self {
+    pub fn new(create: &CreateSandbox, token: Option<&AccessToken>) -> Self {
         Journal {
             version: VERSION,
-            sandbox,
-            template,
+            sandbox: create.id,
+            template: create.template.clone(),
             access_token: token.map(|token| token.reveal().to_owned()),
-            lifetime,
+            lifetime: create.lifetime,
             started_at: SystemTime::now(),
-            envs,
-            allow_internet,
+            envs: create.envs.clone(),
+            allow_internet: create.allow_internet,
+            pause_at_end: create.pause_at_end,
+            auto_resume: create.auto_resume,
+            line: Line::from(create.snapshot),
         }
     }
 
@@ -74,9 +131,25 @@ impl Journal {
         }
     }
 
+    /// The same for a machine that was just restored from `snapshot`.
+    pub fn restored_from(&self, snapshot: SnapshotId) -> Journal {
+        Journal {
+            line: Line::from(Some(snapshot)),
+            ..self.clone()
+        }
+    }
+
     /// Replaces what is written in a machine's folder.
     pub fn write(&self, folder: &Path) -> io::Result<()> {
         crate::machine::write_json(folder, FILE, self)
+    }
+
+    /// As [`Journal::write`], with the sandbox in the error.
+    pub fn keep(&self, folder: &Path) -> Result<(), SandboxError> {
+        self.write(folder).map_err(|source| SandboxError::Journal {
+            id: self.sandbox,
+            source,
+        })
     }
 
     /// What is written in a machine's folder; `None` for a machine of the pool.
@@ -102,17 +175,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert!(Journal::read(dir.path()).unwrap().is_none());
         let token = AccessToken::generate().unwrap();
-        let journal = Journal::new(
-            SandboxId::new(),
-            "minimal".into(),
-            Some(&token),
-            Lifetime {
+        let create = CreateSandbox {
+            id: SandboxId::new(),
+            template: "minimal".into(),
+            snapshot: None,
+            shape: None,
+            envs: BTreeMap::from([("A".into(), "1".into())]),
+            lifetime: Lifetime {
                 idle: Some(std::time::Duration::from_secs(3)),
                 end_at: None,
             },
-            BTreeMap::from([("A".into(), "1".into())]),
-            true,
-        );
+            allow_internet: true,
+            secure: true,
+            pause_at_end: false,
+            auto_resume: false,
+        };
+        let journal = Journal::new(&create, Some(&token));
         journal.write(dir.path()).unwrap();
         let back = Journal::read(dir.path()).unwrap().unwrap();
         assert_eq!(back.sandbox, journal.sandbox);
@@ -120,10 +198,35 @@ mod tests {
         assert!(back.token().unwrap().matches(token.reveal()));
         assert!(!format!("{:?}", back.token()).contains(token.reveal()));
 
+        // An agent from before there were snapshots wrote no line.
         let path = dir.path().join(FILE);
+        let mut old: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        for new in ["line", "pause_at_end", "auto_resume"] {
+            old.as_object_mut().unwrap().remove(new);
+        }
+        std::fs::write(&path, old.to_string()).unwrap();
+        assert_eq!(
+            Journal::read(dir.path()).unwrap().unwrap().line,
+            journal.line
+        );
+
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, &text[..text.len() / 2]).unwrap();
         let error = Journal::read(dir.path()).unwrap_err().to_string();
         assert!(error.contains("sandbox.json"), "{error}");
+    }
+
+    #[test]
+    fn layers_get_names_of_their_own() {
+        let mut line = Line::default();
+        assert_eq!(line.top(), FIRST_LAYER);
+        for expected in ["disk-1.qcow2", "disk-2.qcow2"] {
+            line.layers.push(line.next_layer());
+            assert_eq!(line.top(), expected);
+        }
+        // Those below are gone into a snapshot; their names stay taken.
+        line.layers.drain(..2);
+        assert_eq!(line.next_layer(), "disk-3.qcow2");
     }
 }

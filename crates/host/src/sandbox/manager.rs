@@ -5,14 +5,18 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use tokio::sync::oneshot;
+use wrenn_snapshot::SnapshotId;
 use wrenn_types::{SandboxId, SandboxState, Shape};
 
+use super::handle::{Handle, Order};
 use super::journal::Journal;
-use super::owner::{Common, Handle, Owner};
+use super::owner::{Common, Owner};
+use super::paused::Paused;
 use super::{DialFailure, SandboxError};
 use crate::capacity;
+use crate::guest::chain;
 use crate::lifetime::Lifetime;
-use crate::machine::{LiveMachine, MachineError};
+use crate::machine::{LiveMachine, MachineError, Phases};
 
 /// So many ended sandboxes are remembered, with their reasons.
 const REMEMBERED: usize = 1000;
@@ -22,8 +26,10 @@ const REMEMBERED: usize = 1000;
 pub struct CreateSandbox {
     /// Chosen by the control plane; the same id again means the same sandbox (G10).
     pub id: SandboxId,
-    /// Name of the template.
+    /// Name of the template, or what `snapshot` is called.
     pub template: String,
+    /// What it starts as, if not as the template.
+    pub snapshot: Option<SnapshotId>,
     /// Another shape than the default.
     pub shape: Option<Shape>,
     /// Variables of every process.
@@ -34,6 +40,18 @@ pub struct CreateSandbox {
     pub allow_internet: bool,
     /// Whether its guest agent demands a token.
     pub secure: bool,
+    /// When its time is over it is paused, not ended.
+    pub pause_at_end: bool,
+    /// While it is paused, traffic to its ports resumes it.
+    pub auto_resume: bool,
+}
+
+/// What came of a fork.
+pub struct Forked {
+    /// The children, in the order they were asked for.
+    pub children: Vec<(SandboxId, Result<Arc<Handle>, SandboxError>)>,
+    /// How the parent was saved.
+    pub phases: Phases,
 }
 
 #[derive(Default)]
@@ -144,7 +162,16 @@ impl Manager {
             source,
         })?;
         let machine = LiveMachine::adopt(site, folder.clone()).await?;
+        let twin = journal
+            .as_ref()
+            .is_some_and(|journal| self.registry().alive.contains_key(&journal.sandbox));
         match (machine, journal) {
+            (Some(machine), Some(journal)) if twin => {
+                // It was being paused, resumed or rolled back when its agent died.
+                tracing::info!(sandbox = %journal.sandbox, "a machine that is not its sandbox's any more is ended");
+                machine.give_back(site).await;
+                Ok(None)
+            }
             (Some(machine), Some(journal)) => {
                 let slot = machine.record.slot;
                 let id = journal.sandbox;
@@ -176,6 +203,64 @@ impl Manager {
                 Ok(None)
             }
         }
+    }
+
+    /// Takes over what an earlier agent paused.
+    pub fn adopt_paused(&self, paused: Paused) {
+        let journal = &paused.journal;
+        let id = journal.sandbox;
+        let (owner, handle) = Owner::new(
+            id,
+            &journal.template,
+            self.common.clone(),
+            SandboxState::Paused,
+            journal.lifetime,
+            journal.started_at,
+        );
+        self.registry().alive.insert(id, handle);
+        self.spawn(id, owner.adopt_paused(paused));
+    }
+
+    /// Starts new sandboxes as `id` is now, running or paused; it goes on.
+    pub async fn fork(
+        &self,
+        id: SandboxId,
+        children: &[SandboxId],
+        lifetime: Lifetime,
+    ) -> Result<Forked, SandboxError> {
+        let parent = self.get(id)?;
+        let order = Order {
+            name: String::new(),
+            owners: children.iter().map(SandboxId::to_string).collect(),
+        };
+        let kept = parent.save(order).await?;
+        let about = parent.view().about.ok_or(SandboxError::NotFound(id))?;
+        let births = children.iter().map(|child| {
+            let create = CreateSandbox {
+                id: *child,
+                template: parent.template.clone(),
+                snapshot: Some(kept.snapshot),
+                shape: Some(about.shape),
+                envs: about.envs.clone(),
+                lifetime,
+                allow_internet: about.allow_internet,
+                secure: about.token.is_some(),
+                pause_at_end: about.pause_at_end,
+                auto_resume: about.auto_resume,
+            };
+            async move {
+                let born = self.create(create).await;
+                if born.is_err() {
+                    let owner = child.to_string();
+                    self.common.snapshots.let_go(kept.snapshot, &owner).await;
+                }
+                (*child, born)
+            }
+        });
+        Ok(Forked {
+            children: futures::future::join_all(births).await,
+            phases: kept.phases,
+        })
     }
 
     /// The sandbox of this id, alive or remembered.
@@ -239,9 +324,20 @@ impl Manager {
             .get(&id)
             .cloned()
             .ok_or(DialFailure::NotFound)?;
-        let (dialer, in_use) = match handle.in_use() {
-            Ok((live, in_use)) => (live.dialer.clone(), in_use),
-            Err(_) => return Err(DialFailure::NotRunning),
+        let in_use = handle.activity.begin();
+        let live = match handle.running().await {
+            Err(_) if handle.wakes() => match handle.resume(None).await {
+                Ok(_) => handle.running().await,
+                Err(error) => Err(error),
+            },
+            other => other,
+        };
+        let dialer = match live {
+            Ok(live) => live.dialer.clone(),
+            Err(error) => {
+                tracing::debug!(sandbox = %id, error = %chain(&error), "no way to its ports");
+                return Err(DialFailure::NotRunning);
+            }
         };
         let stream = dialer
             .connect(port)

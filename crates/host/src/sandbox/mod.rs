@@ -1,15 +1,21 @@
 //! Sandboxes: one owner task each, found through the manager.
 
+mod handle;
 mod journal;
 mod manager;
 mod owner;
+mod paused;
+mod transitions;
 
+pub use handle::{Certificate, Handle, Order};
 pub use journal::Journal;
 pub use manager::{CreateSandbox, Manager};
-pub use owner::{Common, Handle};
+pub use owner::Common;
+pub use paused::Paused;
 
 use std::fmt;
 
+use wrenn_snapshot::{SnapshotError, SnapshotId};
 use wrenn_types::{SandboxId, SandboxState};
 
 use crate::capacity::CapacityError;
@@ -59,6 +65,20 @@ pub enum SandboxError {
         /// What was said then.
         reason: String,
     },
+    /// A snapshot could not be written or read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// It has no such snapshot to go back to.
+    #[error("sandbox {id} has no snapshot {snapshot} of itself to go back to")]
+    ForeignSnapshot {
+        /// Which sandbox.
+        id: SandboxId,
+        /// What was asked for.
+        snapshot: SnapshotId,
+    },
+    /// Something was cut short.
+    #[error("{0}")]
+    Broken(String),
     /// The agent is ending.
     #[error("this host agent is ending and starts nothing new")]
     Ending,

@@ -1,147 +1,47 @@
-//! The owner of one sandbox: a task that starts its machine, answers life-cycle requests
-//! one after the other, watches the machine and the clock, and gives everything back.
+//! The owner of one sandbox: a task that answers life-cycle requests one after the other,
+//! watches the machine and the clock, and gives everything back.
+//!
+//! ```text
+//!            ┌────── Live ◀──────┐  create, resume, rollback
+//!   pause, or its time was over  │
+//!            └─────▶ Paused ─────┘
+//!                 └──┬──┘ destroy, its time, its machine's death
+//!                    ▼
+//!                   over
+//! ```
 
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot, watch};
-use wrenn_net::GuestDialer;
-use wrenn_types::{AccessToken, SandboxId, SandboxState};
-use wrenn_vmm::Machine;
+use wrenn_snapshot::SnapshotId;
+use wrenn_types::{SandboxId, SandboxState};
+use wrenn_vmm::ExitReason;
 
+use super::handle::{
+    About, Answer, Certificate, Handle, Live, Request, Resumed, SharedLive, View, set_live,
+};
 use super::journal::Journal;
+use super::paused::Paused;
 use super::{CreateSandbox, SandboxError};
-use crate::activity::{Activity, InUse};
-use crate::guest::{Guest, Identity, chain};
+use crate::activity::Activity;
+use crate::guest::{Restored, chain};
 use crate::lifetime::Lifetime;
-use crate::machine::{LiveMachine, Phases, Record, Site, new_restore_id, restore};
+use crate::machine::{LiveMachine, Phases, Site};
 use crate::pool::Pool;
+use crate::sandbox::handle::PauseDone;
+use crate::snapshots::Snapshots;
 use crate::template::TemplateStore;
 
-/// How long the guest agent may take for its restore hook, on the reference machine.
-const INIT_PATIENCE: Duration = Duration::from_secs(20);
 /// What of the console goes into the reason when a machine dies.
 const LAST_WORDS: usize = 1024;
 /// The longest sleep towards a deadline; wall clocks are moved, so it is looked at again.
 const LONGEST_NAP: Duration = Duration::from_secs(60);
-
-/// What can be seen of a sandbox.
-#[derive(Debug, Clone)]
-pub struct View {
-    /// Where it is in its life.
-    pub state: SandboxState,
-    /// Why, when that is not by request.
-    pub reason: Option<String>,
-    /// How long it may live.
-    pub lifetime: Lifetime,
-    /// When it was given to its user.
-    pub started_at: SystemTime,
-}
-
-/// What can be asked of the owner. Answers come in the order of the questions.
-enum Request {
-    Destroy(oneshot::Sender<Result<(), SandboxError>>),
-    SetLifetime(Lifetime, oneshot::Sender<Result<(), SandboxError>>),
-}
-
-/// What a running sandbox is reached by.
-pub struct Live {
-    /// Its guest agent.
-    pub guest: Guest,
-    /// Its ports.
-    pub dialer: GuestDialer,
-    /// Its VM.
-    pub vm: Arc<dyn Machine>,
-    /// What its machine is.
-    pub record: Record,
-    /// The token its guest agent demands of everybody else.
-    pub token: Option<AccessToken>,
-    /// Where the time of its creation went; empty for an adopted one.
-    pub phases: Phases,
-}
-
-/// A machine's way in, for as long as it has one: an ended sandbox is remembered for its
-/// reason, and must hold no connection or descriptor of what is gone.
-type SharedLive = Arc<RwLock<Option<Arc<Live>>>>;
-
-fn set_live(shared: &SharedLive, live: Option<Live>) {
-    // A pointer is replaced; that is whole or not done.
-    *shared.write().unwrap_or_else(PoisonError::into_inner) = live.map(Arc::new);
-}
-
-/// Everybody's end of a sandbox.
-pub struct Handle {
-    /// Which sandbox.
-    pub id: SandboxId,
-    /// Name of its template as it was asked for.
-    pub template: String,
-    /// Its use.
-    pub activity: Arc<Activity>,
-    view: watch::Receiver<View>,
-    live: SharedLive,
-    requests: mpsc::Sender<Request>,
-}
-
-impl Handle {
-    /// What can be seen of it now.
-    pub fn view(&self) -> View {
-        self.view.borrow().clone()
-    }
-
-    /// Waits until it has left `Starting`.
-    pub async fn started(&self) -> View {
-        let mut view = self.view.clone();
-        let seen = view
-            .wait_for(|view| view.state != SandboxState::Starting)
-            .await;
-        // An owner that is gone has said its last.
-        seen.map_or_else(|_| self.view(), |view| view.clone())
-    }
-
-    /// Its machine, while it has one.
-    pub fn live(&self) -> Option<Arc<Live>> {
-        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
-        live.clone()
-    }
-
-    /// Its machine, when it is running.
-    pub fn running(&self) -> Result<Arc<Live>, SandboxError> {
-        let state = self.view.borrow().state;
-        match self.live() {
-            Some(live) if state == SandboxState::Running => Ok(live),
-            _ => Err(SandboxError::NotRunning { id: self.id, state }),
-        }
-    }
-
-    /// Its machine when it is running, in use until the guard is dropped.
-    pub fn in_use(&self) -> Result<(Arc<Live>, InUse), SandboxError> {
-        Ok((self.running()?, self.activity.begin()))
-    }
-
-    /// Ends it and gives everything back.
-    pub async fn destroy(&self) -> Result<(), SandboxError> {
-        self.ask(Request::Destroy).await
-    }
-
-    /// Sets how long it may live.
-    pub async fn set_lifetime(&self, lifetime: Lifetime) -> Result<(), SandboxError> {
-        self.ask(|answer| Request::SetLifetime(lifetime, answer))
-            .await
-    }
-
-    async fn ask(
-        &self,
-        request: impl FnOnce(oneshot::Sender<Result<(), SandboxError>>) -> Request,
-    ) -> Result<(), SandboxError> {
-        let (answer, answered) = oneshot::channel();
-        let gone = || SandboxError::NotFound(self.id);
-        self.requests
-            .send(request(answer))
-            .await
-            .map_err(|_| gone())?;
-        answered.await.map_err(|_| gone())?
-    }
-}
+/// A sandbox whose time is over and that could not be paused is tried again after this.
+const PAUSE_AGAIN: Duration = Duration::from_secs(30);
+/// Why a sandbox ended or was paused by its clock.
+const TIME_OVER: &str = "its time was over";
 
 /// What owners share.
 pub struct Common {
@@ -151,19 +51,32 @@ pub struct Common {
     pub templates: Arc<TemplateStore>,
     /// Where they come from at once.
     pub pool: Arc<Pool>,
+    /// Where they are saved.
+    pub snapshots: Arc<Snapshots>,
     /// How many may be restored at the same time: more would only slow each other down.
     pub restores: tokio::sync::Semaphore,
 }
 
-/// A sandbox's owner before it runs.
+/// A sandbox's owner.
 pub struct Owner {
-    id: SandboxId,
-    common: Arc<Common>,
+    pub(super) id: SandboxId,
+    pub(super) common: Arc<Common>,
     view: watch::Sender<View>,
     live: SharedLive,
-    activity: Arc<Activity>,
+    pub(super) activity: Arc<Activity>,
     requests: mpsc::Receiver<Request>,
 }
+
+/// What an owner owns.
+pub(super) enum Body {
+    /// A machine.
+    Live(Box<(LiveMachine, Journal)>),
+    /// A snapshot.
+    Paused(Box<Paused>),
+}
+
+/// What comes after a body: another, or nothing.
+type Next = ControlFlow<(), Body>;
 
 impl Owner {
     /// An owner and the handle to it, in state `state`.
@@ -180,6 +93,7 @@ impl Owner {
             reason: None,
             lifetime,
             started_at,
+            about: None,
         });
         let (sender, requests) = mpsc::channel(32);
         let activity = Activity::since(SystemTime::now());
@@ -217,7 +131,7 @@ impl Owner {
                 self.set(SandboxState::Running, None);
                 // Nobody waiting is no failure (G1).
                 let _ = started.send(Ok(()));
-                self.run(machine, journal).await;
+                self.own(Body::Live(Box::new((machine, journal)))).await;
             }
             Err(error) => {
                 let reason = chain(&error);
@@ -229,142 +143,80 @@ impl Owner {
         }
     }
 
-    /// Owns a machine that runs already.
+    /// Owns a machine that runs already. One that was being saved when its agent died is told
+    /// to go on.
     pub async fn adopt(self, machine: LiveMachine, journal: Journal) {
         let token = journal.token();
         machine
             .guest
-            .set_token(Some(token.clone().unwrap_or_else(|| machine.host_token())));
-        self.publish(&machine, token, Phases::default());
-        self.set(SandboxState::Running, None);
-        self.run(machine, journal).await;
-    }
-
-    fn publish(&self, machine: &LiveMachine, token: Option<AccessToken>, phases: Phases) {
-        let live = Live {
-            guest: machine.guest.clone(),
-            dialer: machine.slot.guest(),
-            vm: machine.vm.clone(),
-            record: machine.record.clone(),
-            token,
-            phases,
+            .set_token(Some(token.unwrap_or_else(|| machine.host_token())));
+        crate::snapshots::thaw(&machine).await;
+        let certificate = Certificate {
+            generation: machine.record.generation,
+            restored: Restored::default(),
+            phases: Phases::default(),
         };
-        set_live(&self.live, Some(live));
+        self.publish(&machine, &journal, certificate);
+        self.set(SandboxState::Running, None);
+        self.own(Body::Live(Box::new((machine, journal)))).await;
     }
 
-    fn set(&self, state: SandboxState, reason: Option<String>) {
+    /// Owns a sandbox that an earlier agent paused.
+    pub async fn adopt_paused(self, paused: Paused) {
+        self.show_paused(&paused);
+        self.own(Body::Paused(Box::new(paused))).await;
+    }
+
+    pub(super) fn publish(
+        &self,
+        machine: &LiveMachine,
+        journal: &Journal,
+        certificate: Certificate,
+    ) {
+        let about = About::running(&machine.record, journal);
+        set_live(&self.live, Some(Live::of(machine, certificate)));
+        self.view.send_modify(|view| {
+            view.about = Some(Arc::new(about));
+            view.lifetime = journal.lifetime;
+        });
+    }
+
+    pub(super) fn set(&self, state: SandboxState, reason: Option<String>) {
         self.view.send_modify(|view| {
             view.state = state;
             view.reason = reason;
         });
     }
 
-    /// Gets a machine, writes it down as this sandbox's, lets it run and tells its guest
-    /// agent who it is.
-    async fn start(&self, create: &CreateSandbox) -> Result<(LiveMachine, Journal), SandboxError> {
-        let Common {
-            site,
-            templates,
-            pool,
-            restores,
-        } = &*self.common;
-        let mut phases = Phases::default();
-        let mut clock = Instant::now();
-        let template = templates.get(site, &create.template, create.shape).await?;
-        phases.note("template", &mut clock);
-        let (machine, restore_id) = match pool.take(&template).await {
-            Some(machine) => (machine, new_restore_id()?),
-            None => {
-                let _pool_waits = pool.pause().await;
-                // The semaphore is never closed.
-                let _turn = restores.acquire().await;
-                phases.note("queue", &mut clock);
-                restore(site, &template, &mut phases).await?
-            }
-        };
-        clock = Instant::now();
-        match self
-            .hand_over(create, &machine, &restore_id, &mut phases, &mut clock)
-            .await
-        {
-            Ok((journal, token)) => {
-                self.publish(&machine, token, phases);
-                Ok((machine, journal))
-            }
-            Err(error) => {
-                machine.give_back(site).await;
-                Err(error)
-            }
-        }
+    fn show_paused(&self, paused: &Paused) {
+        self.view.send_modify(|view| {
+            view.state = SandboxState::Paused;
+            view.reason.clone_from(&paused.reason);
+            view.about = Some(Arc::new(paused.about()));
+        });
     }
 
-    async fn hand_over(
-        &self,
-        create: &CreateSandbox,
-        machine: &LiveMachine,
-        restore_id: &str,
-        phases: &mut Phases,
-        clock: &mut Instant,
-    ) -> Result<(Journal, Option<AccessToken>), SandboxError> {
-        let site = &self.common.site;
-        let token = match create.secure {
-            true => Some(AccessToken::generate().map_err(crate::machine::MachineError::from)?),
-            false => None,
-        };
-        let journal = Journal::new(
-            self.id,
-            create.template.clone(),
-            token.as_ref(),
-            create.lifetime,
-            create.envs.clone(),
-            create.allow_internet,
-        );
-        journal
-            .write(&machine.folder)
-            .map_err(|source| SandboxError::Journal {
-                id: self.id,
-                source,
-            })?;
-        if !create.allow_internet {
-            machine
-                .slot
-                .set_internet(false)
-                .await
-                .map_err(crate::machine::MachineError::from)?;
+    /// Serves requests until the sandbox ends.
+    async fn own(mut self, mut body: Body) {
+        loop {
+            let next = match body {
+                Body::Live(live) => self.own_live(live.0, live.1).await,
+                Body::Paused(paused) => self.own_paused(*paused).await,
+            };
+            body = match next {
+                ControlFlow::Continue(body) => body,
+                ControlFlow::Break(()) => break,
+            };
         }
-        phases.note("journal", clock);
-        machine
-            .vm
-            .resume()
-            .await
-            .map_err(crate::machine::MachineError::from)?;
-        phases.note("resume", clock);
-        let id = self.id.to_string();
-        let identity = Identity {
-            restore_id,
-            generation: machine.record.generation,
-            access_token: token.as_ref().map_or("", AccessToken::reveal),
-            env_vars: &create.envs,
-            sandbox_id: &id,
-            template_id: &create.template,
-            hostname: &id,
-            default_user: "user",
-        };
-        let patience = site.vmm.info().deadline(INIT_PATIENCE);
-        machine
-            .guest
-            .init(&identity, &machine.host_token(), patience)
-            .await?;
-        machine.guest.set_token(token.clone());
-        phases.note("init", clock);
-        self.activity.touch();
-        Ok((journal, token))
+        self.refuse_rest();
     }
 
-    /// Serves requests until the sandbox ends, by request, by its clock or by itself.
-    async fn run(mut self, machine: LiveMachine, mut journal: Journal) {
+    async fn own_live(&mut self, machine: LiveMachine, mut journal: Journal) -> Next {
         let mut exited = machine.vm.exited();
-        let (state, reason, asked) = loop {
+        let mut pause_again: Option<SystemTime> = None;
+        loop {
+            let deadline = journal.lifetime.deadline(self.activity.last());
+            let deadline = deadline.map(|at| pause_again.map_or(at, |again| at.max(again)));
             tokio::select! {
                 request = self.requests.recv() => match request {
                     Some(Request::SetLifetime(lifetime, answer)) => {
@@ -372,34 +224,198 @@ impl Owner {
                         // The asker may have hung up; the limit holds all the same.
                         let _ = answer.send(set);
                     }
+                    Some(Request::Resume(lifetime, answer)) => {
+                        let set = match lifetime {
+                            Some(lifetime) => self.set_lifetime(lifetime, &machine, &mut journal),
+                            None => Ok(()),
+                        };
+                        let _ = answer.send(set.map(|()| Resumed {
+                            now: false,
+                            certificate: self.certificate(),
+                        }));
+                    }
+                    Some(Request::Save(order, answer)) => {
+                        let saved = self.save(&machine, &mut journal, order).await;
+                        let _ = answer.send(saved);
+                    }
+                    Some(Request::Pause(answer)) => {
+                        match self.pause(&machine, &mut journal, None).await {
+                            Ok((paused, phases)) => {
+                                self.put_away(machine, &paused).await;
+                                let _ = answer.send(Ok(PauseDone { now: true, phases }));
+                                return Next::Continue(Body::Paused(Box::new(paused)));
+                            }
+                            Err(error) => drop(answer.send(Err(error))),
+                        }
+                    }
+                    Some(Request::Rollback(id, answer)) => {
+                        match self.roll_back(&machine, &journal, id).await {
+                            Ok((other, new_journal, resumed)) => {
+                                machine.give_back(&self.common.site).await;
+                                self.release_parent(journal.line.parent, id).await;
+                                let _ = answer.send(Ok(resumed));
+                                return Next::Continue(Body::Live(Box::new((other, new_journal))));
+                            }
+                            Err(error) => drop(answer.send(Err(error))),
+                        }
+                    }
                     Some(Request::Destroy(answer)) => {
-                        break (SandboxState::Stopped, None, Some(answer));
+                        return self.end(machine, &journal, SandboxState::Stopped, None, Some(answer)).await;
                     }
                     // All handles are gone: the agent is ending and leaves the VM running.
-                    None => return,
+                    None => return Next::Break(()),
                 },
-                ended = exited.wait_for(Option::is_some) => {
-                    let how = ended.ok().and_then(|reason| Some(reason.as_ref()?.to_string()));
-                    let how = how.unwrap_or_else(|| "its machine is not watched any more".into());
-                    break (SandboxState::Error, Some(last_words(&machine, &how)), None);
+                how = death(&mut exited) => {
+                    let reason = Some(last_words(&machine, &how));
+                    return self.end(machine, &journal, SandboxState::Error, reason, None).await;
                 }
-                over = nap(journal.lifetime.deadline(self.activity.last())) => {
-                    if over && self.is_over(&journal) {
-                        let reason = "its time was over".to_owned();
-                        break (SandboxState::Stopped, Some(reason), None);
+                over = nap(deadline) => {
+                    if !over || !self.is_over(&journal) {
+                        continue;
+                    }
+                    let reason = Some(TIME_OVER.to_owned());
+                    if !journal.pause_at_end {
+                        return self.end(machine, &journal, SandboxState::Stopped, reason, None).await;
+                    }
+                    match self.pause(&machine, &mut journal, reason).await {
+                        Ok((paused, _)) => {
+                            self.put_away(machine, &paused).await;
+                            return Next::Continue(Body::Paused(Box::new(paused)));
+                        }
+                        Err(error) => {
+                            tracing::error!(sandbox = %self.id, error = %chain(&error), "its time is over and it could not be paused; it runs on");
+                            pause_again = SystemTime::now().checked_add(PAUSE_AGAIN);
+                        }
                     }
                 }
             }
-        };
+        }
+    }
+
+    /// Gives the machine of a sandbox back that is paused from now on.
+    async fn put_away(&self, machine: LiveMachine, paused: &Paused) {
+        set_live(&self.live, None);
+        machine.give_back(&self.common.site).await;
+        self.show_paused(paused);
+        tracing::info!(sandbox = %self.id, snapshot = %paused.snapshot, "paused");
+    }
+
+    async fn own_paused(&mut self, mut paused: Paused) -> Next {
+        loop {
+            match self.requests.recv().await {
+                Some(Request::SetLifetime(_, answer)) => {
+                    drop(answer.send(Err(SandboxError::NotRunning {
+                        id: self.id,
+                        state: SandboxState::Paused,
+                    })))
+                }
+                Some(Request::Pause(answer)) => drop(answer.send(Ok(PauseDone {
+                    now: false,
+                    phases: Phases::default(),
+                }))),
+                Some(Request::Save(order, answer)) => {
+                    let kept = self.keep_paused(&paused, order).await;
+                    let _ = answer.send(kept);
+                }
+                Some(Request::Resume(lifetime, answer)) => {
+                    match self.resume(&paused, lifetime).await {
+                        Ok((machine, journal, resumed)) => {
+                            let _ = answer.send(Ok(resumed));
+                            return Next::Continue(Body::Live(Box::new((machine, journal))));
+                        }
+                        Err(error) => {
+                            tracing::error!(sandbox = %self.id, error = %chain(&error), "could not be resumed; it stays paused");
+                            self.show_paused(&paused);
+                            let _ = answer.send(Err(error));
+                        }
+                    }
+                }
+                Some(Request::Rollback(id, answer)) => {
+                    match self.roll_back_paused(&paused, id).await {
+                        Ok(back) => {
+                            let left = paused.snapshot;
+                            paused = back;
+                            self.release_parent(Some(left), id).await;
+                            match self.resume(&paused, None).await {
+                                Ok((machine, journal, resumed)) => {
+                                    let _ = answer.send(Ok(resumed));
+                                    return Next::Continue(Body::Live(Box::new((
+                                        machine, journal,
+                                    ))));
+                                }
+                                Err(error) => {
+                                    self.show_paused(&paused);
+                                    drop(answer.send(Err(error)));
+                                }
+                            }
+                        }
+                        Err(error) => drop(answer.send(Err(error))),
+                    }
+                }
+                Some(Request::Destroy(answer)) => return self.end_paused(&paused, answer).await,
+                None => return Next::Break(()),
+            }
+        }
+    }
+
+    fn certificate(&self) -> Certificate {
+        let live = self.live.read().unwrap_or_else(|e| e.into_inner());
+        live.as_ref().map_or_else(
+            || Certificate {
+                generation: 0,
+                restored: Restored::default(),
+                phases: Phases::default(),
+            },
+            |live| live.certificate.clone(),
+        )
+    }
+
+    async fn end(
+        &self,
+        machine: LiveMachine,
+        journal: &Journal,
+        state: SandboxState,
+        reason: Option<String>,
+        asked: Option<Answer<()>>,
+    ) -> Next {
         tracing::info!(sandbox = %self.id, %state, reason = reason.as_deref(), "ends");
         self.set(SandboxState::Stopping, reason.clone());
         set_live(&self.live, None);
         machine.give_back(&self.common.site).await;
+        self.let_go(journal.line.parent).await;
         self.set(state, reason);
         if let Some(answer) = asked {
             let _ = answer.send(Ok(()));
         }
-        self.refuse_rest();
+        Next::Break(())
+    }
+
+    async fn end_paused(&self, paused: &Paused, answer: Answer<()>) -> Next {
+        tracing::info!(sandbox = %self.id, "a paused sandbox ends");
+        self.set(SandboxState::Stopping, None);
+        let dir = self.common.site.config.paused_dir();
+        if let Err(source) = Paused::remove(&dir, self.id) {
+            self.show_paused(paused);
+            let id = self.id;
+            let _ = answer.send(Err(SandboxError::Journal { id, source }));
+            return Next::Continue(Body::Paused(Box::new(paused.clone())));
+        }
+        self.let_go(Some(paused.snapshot)).await;
+        self.set(SandboxState::Stopped, None);
+        let _ = answer.send(Ok(()));
+        Next::Break(())
+    }
+
+    /// The sandbox needs this snapshot no more.
+    pub(super) async fn let_go(&self, snapshot: Option<SnapshotId>) {
+        if let Some(id) = snapshot {
+            self.common.snapshots.let_go(id, &self.id.to_string()).await;
+        }
+    }
+
+    /// The same, unless it is `now` what the sandbox goes on from.
+    async fn release_parent(&self, before: Option<SnapshotId>, now: SnapshotId) {
+        self.let_go(before.filter(|id| *id != now)).await;
     }
 
     fn is_over(&self, journal: &Journal) -> bool {
@@ -414,12 +430,7 @@ impl Owner {
         journal: &mut Journal,
     ) -> Result<(), SandboxError> {
         let changed = journal.with_lifetime(lifetime);
-        changed
-            .write(&machine.folder)
-            .map_err(|source| SandboxError::Journal {
-                id: self.id,
-                source,
-            })?;
+        changed.keep(&machine.folder)?;
         *journal = changed;
         self.view.send_modify(|view| view.lifetime = lifetime);
         Ok(())
@@ -428,15 +439,25 @@ impl Owner {
     /// Requests that came too late: whoever wanted an end has it.
     fn refuse_rest(&mut self) {
         self.requests.close();
+        let gone = || SandboxError::NotFound(self.id);
         while let Ok(request) = self.requests.try_recv() {
             match request {
                 Request::Destroy(answer) => drop(answer.send(Ok(()))),
-                Request::SetLifetime(_, answer) => {
-                    drop(answer.send(Err(SandboxError::NotFound(self.id))));
-                }
+                Request::SetLifetime(_, answer) => drop(answer.send(Err(gone()))),
+                Request::Pause(answer) => drop(answer.send(Err(gone()))),
+                Request::Resume(_, answer) => drop(answer.send(Err(gone()))),
+                Request::Save(_, answer) => drop(answer.send(Err(gone()))),
+                Request::Rollback(_, answer) => drop(answer.send(Err(gone()))),
             }
         }
     }
+}
+
+/// Waits until the machine has ended, and says how.
+pub(super) async fn death(exited: &mut watch::Receiver<Option<ExitReason>>) -> String {
+    let ended = exited.wait_for(Option::is_some).await;
+    let how = ended.ok().and_then(|how| Some(how.as_ref()?.to_string()));
+    how.unwrap_or_else(|| "its machine is not watched any more".to_owned())
 }
 
 /// Sleeps towards `deadline`; `true` when it is worth looking whether it has come.

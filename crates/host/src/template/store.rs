@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Mutex;
 use wrenn_image::{Image, ImageError, ImageStore};
+use wrenn_snapshot::BaseId;
 use wrenn_types::Shape;
 use wrenn_vmm::{Digest, Fingerprint, SealedMemory};
 
@@ -93,6 +94,11 @@ impl LoadedTemplate {
         self.folder.join(STATE)
     }
 
+    /// The name of its memory: what snapshots of its machines are laid over.
+    pub fn base_id(&self) -> BaseId {
+        BaseId(self.manifest.memory.digest.0)
+    }
+
     /// The disk layer over the image.
     pub fn disk(&self) -> PathBuf {
         self.folder.join(DISK)
@@ -105,6 +111,8 @@ pub struct TemplateStore {
     images: Arc<ImageStore>,
     /// By image digest and shape.
     loaded: std::sync::Mutex<HashMap<(String, Shape), Arc<LoadedTemplate>>>,
+    /// By their own digest: those that a snapshot asked for.
+    by_digest: std::sync::Mutex<HashMap<String, Arc<LoadedTemplate>>>,
     /// Held while one is loaded or made, so that it is made once, however many ask.
     making: Mutex<()>,
 }
@@ -116,6 +124,7 @@ impl TemplateStore {
             dir,
             images: Arc::new(images),
             loaded: Default::default(),
+            by_digest: Default::default(),
             making: Mutex::default(),
         }
     }
@@ -175,6 +184,32 @@ impl TemplateStore {
         };
         let template = Arc::new(template);
         self.loaded().insert(key, template.clone());
+        Ok(template)
+    }
+
+    /// The template that a snapshot was made over, also when its name means another by now.
+    pub async fn of_snapshot(
+        &self,
+        site: &Arc<Site>,
+        digest: &str,
+    ) -> Result<Arc<LoadedTemplate>, TemplateError> {
+        if let Some(template) = self.loaded().values().find(|t| t.digest == digest) {
+            return Ok(template.clone());
+        }
+        let others = || self.by_digest.lock().unwrap_or_else(|e| e.into_inner());
+        let _turn = self.making.lock().await;
+        if let Some(template) = others().get(digest) {
+            return Ok(template.clone());
+        }
+        let folder = self.dir.join(digest.replace(':', "-"));
+        let manifest = read_manifest(&folder)?;
+        let here = &site.vmm.info().fingerprint;
+        here.accepts(&manifest.fingerprint)
+            .map_err(|differences| damaged(&folder, differences.to_string()))?;
+        let image = self.image(&manifest.image)?;
+        self.check_image(&manifest.name, &image).await?;
+        let template = Arc::new(self.load(&manifest.name, &image, folder).await?);
+        others().insert(digest.to_owned(), template.clone());
         Ok(template)
     }
 

@@ -1,0 +1,279 @@
+//! Everybody's end of a sandbox: what can be seen of it, asked of its owner, and reached.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use wrenn_net::GuestDialer;
+use wrenn_snapshot::SnapshotId;
+use wrenn_types::{AccessToken, SandboxId, SandboxState, Shape};
+use wrenn_vmm::Machine;
+
+use super::SandboxError;
+use super::journal::Journal;
+use crate::activity::{Activity, InUse};
+use crate::guest::{Guest, Restored};
+use crate::lifetime::Lifetime;
+use crate::machine::{LiveMachine, Phases, Record};
+
+/// How long a request waits for a sandbox that is being saved or restored.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What can be seen of a sandbox.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// Where it is in its life.
+    pub state: SandboxState,
+    /// Why, when that is not by request.
+    pub reason: Option<String>,
+    /// How long it may live.
+    pub lifetime: Lifetime,
+    /// When it was given to its user.
+    pub started_at: SystemTime,
+    /// What it is; `None` until it has started.
+    pub about: Option<Arc<About>>,
+}
+
+/// What a sandbox is, whether it runs or is paused.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Digest of the template that its memory lies on.
+    pub template_digest: String,
+    /// Processors and memory.
+    pub shape: Shape,
+    /// Size of its disk in MiB.
+    pub disk_mib: u64,
+    /// The guest agent's version as E2B's clients read it.
+    pub envd_version: String,
+    /// How often its line of memory was restored.
+    pub generation: u64,
+    /// The token its guest agent demands of everybody but the host.
+    pub token: Option<AccessToken>,
+    /// When its time is over it is paused, not ended.
+    pub pause_at_end: bool,
+    /// While it is paused, traffic to its ports resumes it.
+    pub auto_resume: bool,
+    /// The snapshot it is paused as.
+    pub snapshot: Option<SnapshotId>,
+    /// Variables of every process in it.
+    pub envs: BTreeMap<String, String>,
+    /// Whether it may reach the internet.
+    pub allow_internet: bool,
+}
+
+impl About {
+    /// What a machine with this record and journal is.
+    pub(super) fn running(record: &Record, journal: &Journal) -> About {
+        About {
+            template_digest: record.template_digest.clone(),
+            shape: record.shape,
+            disk_mib: record.disk_mib,
+            envd_version: record.envd_version.clone(),
+            generation: record.generation,
+            token: journal.token(),
+            pause_at_end: journal.pause_at_end,
+            auto_resume: journal.auto_resume,
+            snapshot: None,
+            envs: journal.envs.clone(),
+            allow_internet: journal.allow_internet,
+        }
+    }
+}
+
+/// What was done to a machine before its sandbox ran.
+#[derive(Debug, Clone)]
+pub struct Certificate {
+    /// How often its line of memory was restored.
+    pub generation: u64,
+    /// What the guest says its hook did.
+    pub restored: Restored,
+    /// Where the host's time went.
+    pub phases: Phases,
+}
+
+/// A request's answer.
+pub(super) type Answer<T> = oneshot::Sender<Result<T, SandboxError>>;
+
+/// What can be asked of the owner. Answers come in the order of the questions.
+pub(super) enum Request {
+    Destroy(Answer<()>),
+    SetLifetime(Lifetime, Answer<()>),
+    Pause(Answer<PauseDone>),
+    Resume(Option<Lifetime>, Answer<Resumed>),
+    Save(Order, Answer<Kept>),
+    Rollback(SnapshotId, Answer<Resumed>),
+}
+
+/// A snapshot to be taken.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// What it is called.
+    pub name: String,
+    /// Who pins it, besides the sandbox.
+    pub owners: Vec<String>,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    /// Which.
+    pub snapshot: SnapshotId,
+    /// Where the time went.
+    pub phases: Phases,
+}
+
+/// What came of a pause.
+#[derive(Debug, Clone)]
+pub struct PauseDone {
+    /// Whether it ran until now.
+    pub now: bool,
+    /// Where the time went.
+    pub phases: Phases,
+}
+
+/// What came of a resume or a rollback.
+#[derive(Debug, Clone)]
+pub struct Resumed {
+    /// Whether it was restored for this request.
+    pub now: bool,
+    /// How it was, the last time it was.
+    pub certificate: Certificate,
+}
+
+/// What a running sandbox is reached by.
+pub struct Live {
+    /// Its guest agent.
+    pub guest: Guest,
+    /// Its ports.
+    pub dialer: GuestDialer,
+    /// Its VM.
+    pub vm: Arc<dyn Machine>,
+    /// How it came to run; without phases for an adopted one.
+    pub certificate: Certificate,
+}
+
+impl Live {
+    pub(super) fn of(machine: &LiveMachine, certificate: Certificate) -> Live {
+        Live {
+            guest: machine.guest.clone(),
+            dialer: machine.slot.guest(),
+            vm: machine.vm.clone(),
+            certificate,
+        }
+    }
+}
+
+/// A machine's way in, for as long as it has one: an ended sandbox is remembered for its
+/// reason, and must hold no connection or descriptor of what is gone.
+pub(super) type SharedLive = Arc<RwLock<Option<Arc<Live>>>>;
+
+pub(super) fn set_live(shared: &SharedLive, live: Option<Live>) {
+    // A pointer is replaced; that is whole or not done.
+    *shared.write().unwrap_or_else(PoisonError::into_inner) = live.map(Arc::new);
+}
+
+/// Everybody's end of a sandbox.
+pub struct Handle {
+    /// Which sandbox.
+    pub id: SandboxId,
+    /// Name of its template as it was asked for.
+    pub template: String,
+    /// Its use.
+    pub activity: Arc<Activity>,
+    pub(super) view: watch::Receiver<View>,
+    pub(super) live: SharedLive,
+    pub(super) requests: mpsc::Sender<Request>,
+}
+
+impl Handle {
+    /// What can be seen of it now.
+    pub fn view(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    /// Waits until it has left `Starting`.
+    pub async fn started(&self) -> View {
+        let mut view = self.view.clone();
+        let seen = view
+            .wait_for(|view| view.state != SandboxState::Starting)
+            .await;
+        // An owner that is gone has said its last.
+        seen.map_or_else(|_| self.view(), |view| view.clone())
+    }
+
+    /// Its machine, while it has one.
+    pub fn live(&self) -> Option<Arc<Live>> {
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        live.clone()
+    }
+
+    /// Its machine, when it is running. One that is being saved or restored is waited for a
+    /// while.
+    pub async fn running(&self) -> Result<Arc<Live>, SandboxError> {
+        use SandboxState::{Pausing, Resuming, Snapshotting};
+        let mut view = self.view.clone();
+        let settled =
+            view.wait_for(|view| !matches!(view.state, Pausing | Resuming | Snapshotting));
+        // Whatever came of waiting, what holds now counts.
+        drop(tokio::time::timeout(FREEZE_PATIENCE, settled).await);
+        let state = self.view.borrow().state;
+        match self.live() {
+            Some(live) if state == SandboxState::Running => Ok(live),
+            _ => Err(SandboxError::NotRunning { id: self.id, state }),
+        }
+    }
+
+    /// Its machine when it is running, in use until the guard is dropped.
+    pub async fn in_use(&self) -> Result<(Arc<Live>, InUse), SandboxError> {
+        let in_use = self.activity.begin();
+        Ok((self.running().await?, in_use))
+    }
+
+    /// Whether it is paused and traffic to its ports resumes it.
+    pub fn wakes(&self) -> bool {
+        let view = self.view.borrow();
+        view.state == SandboxState::Paused && view.about.as_ref().is_some_and(|a| a.auto_resume)
+    }
+
+    /// Ends it and gives everything back.
+    pub async fn destroy(&self) -> Result<(), SandboxError> {
+        self.ask(Request::Destroy).await
+    }
+
+    /// Sets how long it may live.
+    pub async fn set_lifetime(&self, lifetime: Lifetime) -> Result<(), SandboxError> {
+        self.ask(|answer| Request::SetLifetime(lifetime, answer))
+            .await
+    }
+
+    /// Saves it and gives its machine back; if that fails, it runs on.
+    pub async fn pause(&self) -> Result<PauseDone, SandboxError> {
+        self.ask(Request::Pause).await
+    }
+
+    /// Restores it when it is paused.
+    pub async fn resume(&self, lifetime: Option<Lifetime>) -> Result<Resumed, SandboxError> {
+        self.ask(|answer| Request::Resume(lifetime, answer)).await
+    }
+
+    /// Takes a snapshot of it, running or paused, and leaves it as it is.
+    pub async fn save(&self, order: Order) -> Result<Kept, SandboxError> {
+        self.ask(|answer| Request::Save(order, answer)).await
+    }
+
+    /// Puts it back to a snapshot of itself.
+    pub async fn roll_back(&self, snapshot: SnapshotId) -> Result<Resumed, SandboxError> {
+        self.ask(|answer| Request::Rollback(snapshot, answer)).await
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, SandboxError> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || SandboxError::NotFound(self.id);
+        self.requests
+            .send(request(answer))
+            .await
+            .map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+}

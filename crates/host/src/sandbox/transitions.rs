@@ -1,0 +1,445 @@
+//! What an owner does to get from one body to another. Each either succeeds or leaves things
+//! as they were.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use wrenn_snapshot::SnapshotId;
+use wrenn_types::{AccessToken, SandboxState};
+
+use super::handle::{Certificate, Kept, Order, Resumed};
+use super::journal::Journal;
+use super::owner::{Common, Owner, death};
+use super::paused::Paused;
+use super::{CreateSandbox, SandboxError};
+use crate::capacity;
+use crate::guest::{Identity, Restored};
+use crate::lifetime::Lifetime;
+use crate::machine::{LiveMachine, MachineError, Origin, Phases, new_restore_id, restore};
+use crate::snapshots::{LABEL_SANDBOX, Saver, Then, thaw};
+
+/// How long the guest agent may take for its restore hook, on the reference machine.
+const INIT_PATIENCE: Duration = Duration::from_secs(20);
+/// A sandbox with an absolute end that is resumed after it, and not told a new one, lives for
+/// this long.
+const RESUMED_FOR: Duration = Duration::from_secs(300);
+
+impl Owner {
+    /// Gets a machine, writes it down as this sandbox's, lets it run and tells its guest
+    /// agent who it is.
+    pub(super) async fn start(
+        &self,
+        create: &CreateSandbox,
+    ) -> Result<(LiveMachine, Journal), SandboxError> {
+        let owner = self.id.to_string();
+        if let Some(snapshot) = create.snapshot {
+            // Before anything, so that it stays while this goes on.
+            self.common.snapshots.pin(snapshot, &owner).await?;
+        }
+        let started = self.start_pinned(create).await;
+        if started.is_err() {
+            self.let_go(create.snapshot).await;
+        }
+        started
+    }
+
+    async fn start_pinned(
+        &self,
+        create: &CreateSandbox,
+    ) -> Result<(LiveMachine, Journal), SandboxError> {
+        let Common {
+            site,
+            templates,
+            pool,
+            ..
+        } = &*self.common;
+        let mut phases = Phases::default();
+        let mut clock = Instant::now();
+        let origin = match create.snapshot {
+            Some(id) => self.origin(id, 1).await?,
+            None => Origin::template(templates.get(site, &create.template, create.shape).await?),
+        };
+        phases.note("template", &mut clock);
+        let waiting = match &origin.snapshot {
+            None => pool.take(&origin.template).await,
+            Some(_) => None,
+        };
+        let (machine, restore_id) = match waiting {
+            Some(machine) => (machine, new_restore_id()?),
+            None => self.bring_up(&origin, &mut phases).await?,
+        };
+        let token = match create.secure {
+            true => Some(AccessToken::generate().map_err(MachineError::from)?),
+            false => None,
+        };
+        let journal = Journal::new(create, token.as_ref());
+        match self
+            .hand_over(&machine, &journal, &restore_id, true, phases)
+            .await
+        {
+            Ok(certificate) => {
+                self.publish(&machine, &journal, certificate);
+                self.activity.touch();
+                Ok((machine, journal))
+            }
+            Err(error) => {
+                machine.give_back(site).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn bring_up(
+        &self,
+        origin: &Origin,
+        phases: &mut Phases,
+    ) -> Result<(LiveMachine, String), SandboxError> {
+        let mut clock = Instant::now();
+        let _pool_waits = self.common.pool.pause().await;
+        // The semaphore is never closed.
+        let _turn = self.common.restores.acquire().await;
+        phases.note("queue", &mut clock);
+        Ok(restore(&self.common.site, origin, phases).await?)
+    }
+
+    /// What a machine is restored from that is to be `snapshot`.
+    async fn origin(&self, id: SnapshotId, generation: u64) -> Result<Origin, SandboxError> {
+        let Common {
+            site,
+            templates,
+            snapshots,
+            ..
+        } = &*self.common;
+        let snapshot = snapshots.load(id).await?;
+        let description = &snapshot.manifest().description;
+        let template = description.origin.template.clone().unwrap_or_default();
+        let template = templates.of_snapshot(site, &template).await?;
+        Ok(Origin {
+            template,
+            snapshot: Some(snapshot),
+            generation,
+        })
+    }
+
+    /// Lets a machine run that stands still, as this sandbox. With `keep` its journal is
+    /// written first, so that the next agent knows whose it is; without, it is nobody's until
+    /// the caller says so.
+    async fn hand_over(
+        &self,
+        machine: &LiveMachine,
+        journal: &Journal,
+        restore_id: &str,
+        keep: bool,
+        mut phases: Phases,
+    ) -> Result<Certificate, SandboxError> {
+        let mut clock = Instant::now();
+        if keep {
+            journal.keep(&machine.folder)?;
+        }
+        if !journal.allow_internet {
+            machine
+                .slot
+                .set_internet(false)
+                .await
+                .map_err(MachineError::from)?;
+        }
+        phases.note("journal", &mut clock);
+        machine.vm.resume().await.map_err(MachineError::from)?;
+        phases.note("resume", &mut clock);
+        let id = self.id.to_string();
+        let token = journal.token();
+        let identity = Identity {
+            restore_id,
+            generation: machine.record.generation,
+            access_token: token.as_ref().map_or("", AccessToken::reveal),
+            env_vars: &journal.envs,
+            sandbox_id: &id,
+            template_id: &journal.template,
+            hostname: &id,
+            default_user: "user",
+        };
+        let patience = self.common.site.vmm.info().deadline(INIT_PATIENCE);
+        let host_token = machine.host_token();
+        let mut exited = machine.vm.exited();
+        let restored: Restored = tokio::select! {
+            restored = machine.guest.init(&identity, &host_token, patience) => restored?,
+            how = death(&mut exited) => {
+                return Err(SandboxError::Broken(format!("it died while it started: {how}")));
+            }
+        };
+        machine.guest.set_token(token);
+        phases.note("init", &mut clock);
+        Ok(Certificate {
+            generation: machine.record.generation,
+            restored,
+            phases,
+        })
+    }
+
+    async fn saver(&self, machine: &LiveMachine) -> Result<Saver<'_>, SandboxError> {
+        let Common {
+            site,
+            templates,
+            snapshots,
+            ..
+        } = &*self.common;
+        let digest = &machine.record.template_digest;
+        Ok(Saver {
+            site,
+            snapshots,
+            template: templates.of_snapshot(site, digest).await?,
+        })
+    }
+
+    /// Saves a running sandbox, which goes on.
+    pub(super) async fn save(
+        &self,
+        machine: &LiveMachine,
+        journal: &mut Journal,
+        order: Order,
+    ) -> Result<Kept, SandboxError> {
+        capacity::admit_save(&self.common.site.config.data_dir)?;
+        let saver = self.saver(machine).await?;
+        self.set(SandboxState::Snapshotting, None);
+        let saved = saver.save(machine, journal, &order.name, Then::GoOn).await;
+        self.set(SandboxState::Running, None);
+        let saved = saved?;
+        let snapshot = saved.snapshot.id();
+        self.pin_for(snapshot, &order.owners).await?;
+        Ok(Kept {
+            snapshot,
+            phases: saved.phases,
+        })
+    }
+
+    /// Takes what a sandbox is paused as for a snapshot of its own.
+    pub(super) async fn keep_paused(
+        &self,
+        paused: &Paused,
+        order: Order,
+    ) -> Result<Kept, SandboxError> {
+        self.pin_for(paused.snapshot, &order.owners).await?;
+        Ok(Kept {
+            snapshot: paused.snapshot,
+            phases: Phases::default(),
+        })
+    }
+
+    /// Pins for all of them or for none.
+    async fn pin_for(&self, id: SnapshotId, owners: &[String]) -> Result<(), SandboxError> {
+        let snapshots = &self.common.snapshots;
+        for (done, owner) in owners.iter().enumerate() {
+            if let Err(error) = snapshots.pin(id, owner).await {
+                for owner in &owners[..done] {
+                    snapshots.let_go(id, owner).await;
+                }
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Saves a sandbox and writes down that it is paused. Its machine stands still afterwards
+    /// and is the caller's to give back; if this fails, it runs on.
+    pub(super) async fn pause(
+        &self,
+        machine: &LiveMachine,
+        journal: &mut Journal,
+        reason: Option<String>,
+    ) -> Result<(Paused, Phases), SandboxError> {
+        capacity::admit_save(&self.common.site.config.data_dir)?;
+        let saver = self.saver(machine).await?;
+        self.set(SandboxState::Pausing, None);
+        let saved = match saver.save(machine, journal, "", Then::Stay).await {
+            Ok(saved) => saved,
+            Err(error) => {
+                self.set(SandboxState::Running, None);
+                return Err(error);
+            }
+        };
+        let mut clock = Instant::now();
+        let paused = Paused::of(machine, journal, saved.snapshot.id(), reason);
+        let dir = self.common.site.config.paused_dir();
+        let written = tokio::task::spawn_blocking({
+            let paused = paused.clone();
+            move || paused.write(&dir)
+        });
+        let written = written
+            .await
+            .unwrap_or_else(|join| Err(std::io::Error::other(join)));
+        if let Err(source) = written {
+            // It may be there and not synced, and would have the last word after a crash.
+            let dir = self.common.site.config.paused_dir();
+            if let Err(error) = Paused::remove(&dir, self.id) {
+                tracing::error!(sandbox = %self.id, %error, "the note that it is paused stays although it runs");
+            }
+            thaw(machine).await;
+            self.set(SandboxState::Running, None);
+            let id = self.id;
+            return Err(SandboxError::Journal { id, source });
+        }
+        let mut phases = saved.phases;
+        phases.note("journal", &mut clock);
+        Ok((paused, phases))
+    }
+
+    /// Restores a paused sandbox.
+    pub(super) async fn resume(
+        &self,
+        paused: &Paused,
+        lifetime: Option<Lifetime>,
+    ) -> Result<(LiveMachine, Journal, Resumed), SandboxError> {
+        let site = &self.common.site;
+        capacity::admit(paused.shape, &site.config.data_dir)?;
+        self.set(SandboxState::Resuming, None);
+        let mut phases = Phases::default();
+        let mut clock = Instant::now();
+        let origin = self.origin(paused.snapshot, paused.generation + 1).await?;
+        phases.note("snapshot", &mut clock);
+        let (machine, restore_id) = self.bring_up(&origin, &mut phases).await?;
+        let lifetime = lifetime.unwrap_or_else(|| still_to_live(paused.journal.lifetime));
+        let journal = paused.journal.restored_from(paused.snapshot);
+        let journal = journal.with_lifetime(lifetime);
+        let resumed = async {
+            let certificate = self
+                .hand_over(&machine, &journal, &restore_id, true, phases)
+                .await?;
+            // From here on it is not paused any more.
+            Paused::remove(&site.config.paused_dir(), self.id).map_err(|source| {
+                SandboxError::Journal {
+                    id: self.id,
+                    source,
+                }
+            })?;
+            Ok(certificate)
+        };
+        match resumed.await {
+            Ok(certificate) => {
+                self.publish(&machine, &journal, certificate.clone());
+                self.activity.touch();
+                self.set(SandboxState::Running, None);
+                tracing::info!(sandbox = %self.id, generation = machine.record.generation, "resumed");
+                let resumed = Resumed {
+                    now: true,
+                    certificate,
+                };
+                Ok((machine, journal, resumed))
+            }
+            Err(error) => {
+                machine.give_back(site).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether `id` is a kept snapshot of this very sandbox.
+    async fn own_snapshot(&self, id: SnapshotId) -> Result<(), SandboxError> {
+        let snapshots = &self.common.snapshots;
+        let foreign = || SandboxError::ForeignSnapshot {
+            id: self.id,
+            snapshot: id,
+        };
+        if !snapshots.is_kept(id).await? {
+            return Err(foreign());
+        }
+        let snapshot = snapshots.load(id).await?;
+        let labels = &snapshot.manifest().description.labels;
+        match labels.get(LABEL_SANDBOX) == Some(&self.id.to_string()) {
+            true => Ok(()),
+            false => Err(foreign()),
+        }
+    }
+
+    /// Brings up a machine as it was at the snapshot, and makes it the sandbox's in place of
+    /// `machine`, which stands still and is the caller's to give back. If this fails,
+    /// `machine` runs on.
+    pub(super) async fn roll_back(
+        &self,
+        machine: &LiveMachine,
+        journal: &Journal,
+        id: SnapshotId,
+    ) -> Result<(LiveMachine, Journal, Resumed), SandboxError> {
+        self.own_snapshot(id).await?;
+        let site = &self.common.site;
+        let owner = self.id.to_string();
+        let parent_before = journal.line.parent;
+        self.common.snapshots.pin(id, &owner).await?;
+        self.set(SandboxState::Resuming, None);
+        let back = async {
+            machine.vm.stop().await.map_err(MachineError::from)?;
+            let mut phases = Phases::default();
+            let mut clock = Instant::now();
+            let origin = self.origin(id, machine.record.generation + 1).await?;
+            phases.note("snapshot", &mut clock);
+            let (other, restore_id) = self.bring_up(&origin, &mut phases).await?;
+            let journal = journal.restored_from(id);
+            let handed = async {
+                let handed = self.hand_over(&other, &journal, &restore_id, false, phases);
+                let certificate = handed.await?;
+                // From here on the sandbox is this machine: of two, the later generation is.
+                journal.keep(&other.folder)?;
+                Ok(certificate)
+            };
+            match handed.await {
+                Ok(certificate) => Ok((other, journal, certificate)),
+                Err(error) => {
+                    other.give_back(site).await;
+                    Err(error)
+                }
+            }
+        };
+        match back.await {
+            Ok((other, journal, certificate)) => {
+                self.publish(&other, &journal, certificate.clone());
+                self.activity.touch();
+                self.set(SandboxState::Running, None);
+                tracing::info!(sandbox = %self.id, snapshot = %id, "rolled back");
+                let resumed = Resumed {
+                    now: true,
+                    certificate,
+                };
+                Ok((other, journal, resumed))
+            }
+            Err(error) => {
+                thaw(machine).await;
+                self.set(SandboxState::Running, None);
+                if parent_before != Some(id) {
+                    self.let_go(Some(id)).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a paused sandbox one that is paused as `id`.
+    pub(super) async fn roll_back_paused(
+        &self,
+        paused: &Paused,
+        id: SnapshotId,
+    ) -> Result<Paused, SandboxError> {
+        self.own_snapshot(id).await?;
+        let owner = self.id.to_string();
+        self.common.snapshots.pin(id, &owner).await?;
+        let mut back = paused.clone();
+        back.snapshot = id;
+        back.journal = paused.journal.restored_from(id);
+        match back.write(&self.common.site.config.paused_dir()) {
+            Ok(()) => Ok(back),
+            Err(source) => {
+                if paused.snapshot != id {
+                    self.let_go(Some(id)).await;
+                }
+                let id = self.id;
+                Err(SandboxError::Journal { id, source })
+            }
+        }
+    }
+}
+
+/// The limits of a sandbox that is resumed without new ones.
+fn still_to_live(lifetime: Lifetime) -> Lifetime {
+    let at_least = SystemTime::now() + RESUMED_FOR;
+    Lifetime {
+        end_at: lifetime.end_at.map(|end| end.max(at_least)),
+        ..lifetime
+    }
+}

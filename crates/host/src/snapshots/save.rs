@@ -1,0 +1,349 @@
+//! Saving a machine that lives: the one operation behind pause, snapshot, checkpoint and fork.
+//!
+//! ```text
+//!  new layer, journal ─▶ guest quiet ─▶ VM stopped ─▶ memory, devices ─▶ disk switched ─┐
+//!                        └────────── the guest stands still ─────────────────────────┐  │
+//!     Then::GoOn: thawed here, and the disk is read and all of it made last ◀────────┴──┤
+//!     Then::Stay: it stands until the caller has ended or thawed it ◀───────────────────┘
+//! ```
+//!
+//! Whatever fails, the machine runs on as before: until the switch nothing has changed for it,
+//! and after the switch its disk is one empty layer higher, which its journal knows.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use wrenn_snapshot::{
+    Compression, Description, Draft, Import, Memory, Origin, Snapshot, SnapshotError, Vmm, pages_of,
+};
+use wrenn_vmm::{DeltaPages, Run, SavedDelta, create_overlay};
+
+use super::{
+    LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE, Snapshots, TemplateBase, blocking,
+    firmware_part,
+};
+use crate::activity::unix_ms;
+use crate::guest::chain;
+use crate::machine::{LiveMachine, MachineError, Phases, Site};
+use crate::sandbox::{Journal, SandboxError};
+use crate::template::LoadedTemplate;
+
+/// What becomes of the machine once it is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// It runs on as soon as it can.
+    GoOn,
+    /// It stands still.
+    Stay,
+}
+
+/// A machine that was saved.
+pub struct Saved {
+    /// As what.
+    pub snapshot: Arc<Snapshot>,
+    /// Where the time went; `frozen` is how long the guest stood still.
+    pub phases: Phases,
+}
+
+/// What a save needs of its surroundings.
+pub struct Saver<'a> {
+    /// This host.
+    pub site: &'a Site,
+    /// Where it goes.
+    pub snapshots: &'a Snapshots,
+    /// What the machine's memory lies on.
+    pub template: Arc<LoadedTemplate>,
+}
+
+impl Saver<'_> {
+    /// Saves the machine and pins the snapshot for its sandbox, whose journal then says that
+    /// this is where it goes on from. `name` is shown with the snapshot.
+    pub async fn save(
+        &self,
+        machine: &LiveMachine,
+        journal: &mut Journal,
+        name: &str,
+        then: Then,
+    ) -> Result<Saved, SandboxError> {
+        let mut phases = Phases::default();
+        let mut clock = Instant::now();
+        let owner = journal.sandbox.to_string();
+        let parent = match journal.line.parent {
+            Some(id) => Some(self.snapshots.load(id).await?),
+            None => None,
+        };
+        let draft = {
+            let (store, parent) = (self.snapshots.store().clone(), parent.clone());
+            blocking(move || store.draft(&parent.as_deref().into_iter().collect::<Vec<_>>()))
+        };
+        let draft = draft.await?;
+        let before = journal.line.clone();
+        journal.line.layers.push(before.next_layer());
+        let new_top = machine.folder.join(journal.line.top());
+        let prepared = self.prepare_layer(machine, journal, &new_top);
+        if let Err(error) = prepared {
+            journal.line = before;
+            return Err(error);
+        }
+        phases.note("prepare", &mut clock);
+
+        let frozen = Instant::now();
+        let mut switched = false;
+        let draft = self
+            .freeze(
+                machine,
+                draft,
+                parent.clone(),
+                &new_top,
+                &mut switched,
+                &mut phases,
+            )
+            .await;
+        let draft = match draft {
+            Ok(draft) => draft,
+            Err(error) => {
+                thaw(machine).await;
+                if !switched {
+                    // Its journal is true either way: a layer that is not used holds nothing.
+                    journal.line = before;
+                    self.forget_layer(machine, journal, &new_top);
+                }
+                return Err(error);
+            }
+        };
+        if then == Then::GoOn {
+            clock = Instant::now();
+            thaw(machine).await;
+            phases.note("thaw", &mut clock);
+            phases.0.push(("frozen", frozen.elapsed()));
+        }
+        clock = Instant::now();
+        let description = self.description(machine, journal, name);
+        let layers: Vec<_> = before
+            .layers
+            .iter()
+            .map(|layer| machine.folder.join(layer))
+            .collect();
+        let committed = {
+            let parent = parent.clone();
+            blocking(move || commit(draft, parent.as_deref(), &layers, description))
+        };
+        let committed = match committed.await {
+            Ok(snapshot) => Ok(Arc::new(snapshot)),
+            Err(error) => Err(SandboxError::from(error)),
+        };
+        let kept = async {
+            let snapshot = committed?;
+            self.snapshots.pin(snapshot.id(), &owner).await?;
+            let mut next = journal.clone();
+            next.line.parent = Some(snapshot.id());
+            next.line.layers = vec![journal.line.top().to_owned()];
+            next.keep(&machine.folder)?;
+            Ok::<_, SandboxError>((snapshot, next))
+        };
+        let (snapshot, next) = match kept.await {
+            Ok(kept) => kept,
+            Err(error) => {
+                if then == Then::Stay {
+                    thaw(machine).await;
+                }
+                return Err(error);
+            }
+        };
+        *journal = next;
+        phases.note("commit", &mut clock);
+        // The store has them under names of its own.
+        for layer in &before.layers {
+            if let Err(error) = tokio::fs::remove_file(machine.folder.join(layer)).await {
+                tracing::warn!(%error, layer, "a saved disk layer stays until its machine ends");
+            }
+        }
+        if let Some(parent) = before.parent.filter(|id| *id != snapshot.id()) {
+            self.snapshots.let_go(parent, &owner).await;
+        }
+        Ok(Saved { snapshot, phases })
+    }
+
+    fn prepare_layer(
+        &self,
+        machine: &LiveMachine,
+        journal: &Journal,
+        path: &Path,
+    ) -> Result<(), SandboxError> {
+        create_overlay(path, self.template.manifest.disk_bytes).map_err(|source| {
+            MachineError::File {
+                action: "make the disk layer",
+                path: path.to_owned(),
+                source: std::io::Error::other(source),
+            }
+        })?;
+        // Before the switch, so that the next agent knows of the layer if this one dies.
+        journal.keep(&machine.folder)
+    }
+
+    fn forget_layer(&self, machine: &LiveMachine, journal: &Journal, path: &Path) {
+        match journal.keep(&machine.folder) {
+            Ok(()) => {
+                if let Err(error) = std::fs::remove_file(path) {
+                    tracing::warn!(%error, path = %path.display(), "an unused disk layer stays");
+                }
+            }
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "an unused disk layer stays in the journal");
+            }
+        }
+    }
+
+    /// Stops the guest and takes everything of the moment; the VM stands afterwards.
+    async fn freeze(
+        &self,
+        machine: &LiveMachine,
+        draft: Draft,
+        parent: Option<Arc<Snapshot>>,
+        new_top: &Path,
+        switched: &mut bool,
+        phases: &mut Phases,
+    ) -> Result<Draft, SandboxError> {
+        let mut clock = Instant::now();
+        machine
+            .guest
+            .prepare_snapshot(&machine.host_token())
+            .await?;
+        phases.note("quiesce", &mut clock);
+        let saved = machine.vm.save_delta().await.map_err(MachineError::from)?;
+        phases.note("stop", &mut clock);
+        let template = self.template.clone();
+        let draft = tokio::task::spawn_blocking(move || {
+            write_machine(draft, parent.as_deref(), &template, saved)
+        });
+        let draft = match draft.await {
+            Ok(draft) => draft?,
+            Err(join) => return Err(SandboxError::Broken(join.to_string())),
+        };
+        phases.note("memory", &mut clock);
+        machine
+            .vm
+            .switch_disk_layer(new_top)
+            .await
+            .map_err(MachineError::from)?;
+        *switched = true;
+        phases.note("disk", &mut clock);
+        Ok(draft)
+    }
+
+    fn description(&self, machine: &LiveMachine, journal: &Journal, name: &str) -> Description {
+        let info = self.site.vmm.info();
+        let labels = [
+            (LABEL_SANDBOX, journal.sandbox.to_string()),
+            (LABEL_TEMPLATE, journal.template.clone()),
+            (LABEL_NAME, name.to_owned()),
+            (LABEL_DISK_MIB, machine.record.disk_mib.to_string()),
+        ];
+        Description {
+            created_unix_ms: u64::try_from(unix_ms(SystemTime::now())).unwrap_or_default(),
+            shape: machine.record.shape,
+            origin: Origin {
+                template: Some(self.template.digest.clone()),
+                image: self.template.manifest.image.clone(),
+                kernel: kernel_of(&self.template),
+                envd_version: machine.record.envd_version.clone(),
+            },
+            vmm: Vmm {
+                driver: info.kind.to_owned(),
+                version: info.version.clone(),
+                // Of plain fields only.
+                fingerprint: serde_json::to_value(&info.fingerprint).unwrap_or_default(),
+            },
+            labels: labels
+                .map(|(label, value)| (label.to_owned(), value))
+                .into_iter()
+                .collect::<BTreeMap<_, _>>(),
+        }
+    }
+}
+
+/// Digest of the kernel the template was booted with.
+fn kernel_of(template: &LoadedTemplate) -> String {
+    let files = &template.image.manifest.files;
+    files
+        .get("vmlinuz")
+        .map_or_else(String::new, |file| file.sha256.to_string())
+}
+
+/// Writes memory and devices of a stopped machine into a draft.
+fn write_machine(
+    mut draft: Draft,
+    parent: Option<&Snapshot>,
+    template: &LoadedTemplate,
+    mut saved: SavedDelta,
+) -> Result<Draft, SandboxError> {
+    let base = TemplateBase::of(template);
+    let untouched;
+    let before = match parent.and_then(Snapshot::memory) {
+        Some(memory) => memory,
+        None => {
+            let pages = pages_of(template.memory.bytes())?;
+            untouched = Memory::untouched(pages, Some(template.base_id()));
+            &untouched
+        }
+    };
+    let mut memory = draft.memory(before, Some(&base), Compression::None)?;
+    while let Some(run) = saved.pages.next_run().map_err(|source| {
+        MachineError::from(wrenn_vmm::VmmError::Delta {
+            doing: "read",
+            source,
+        })
+    })? {
+        match run {
+            Run::Zero(range) => memory.clear(wrenn_snapshot::PageRange {
+                first: range.first,
+                count: range.count,
+            })?,
+            Run::Data { first, bytes } => memory.write(first, bytes)?,
+        }
+    }
+    let counts = draft.finish_memory(memory)?;
+    tracing::debug!(?counts, times = ?saved.times, "memory saved");
+    draft.device_state(&saved.state)?;
+    draft.part(firmware_part()?, &saved.firmware[..])?;
+    Ok(draft)
+}
+
+/// Lays the disk of a draft together and makes it last.
+fn commit(
+    mut draft: Draft,
+    parent: Option<&Snapshot>,
+    layers: &[std::path::PathBuf],
+    description: Description,
+) -> Result<Snapshot, SnapshotError> {
+    for layer in parent.iter().flat_map(|parent| &parent.manifest().disk) {
+        draft.inherited_layer(layer);
+    }
+    for layer in layers {
+        // QEMU has no way to write to it any more since the switch.
+        draft.disk_layer(layer, "qcow2", Import::Link)?;
+    }
+    draft.commit(description)
+}
+
+/// Lets a machine go on that was quieted or stopped. What fails is logged: a machine that
+/// cannot go on has died, which its watcher tells, or is tried again by whoever uses it next.
+pub async fn thaw(machine: &LiveMachine) {
+    const ATTEMPTS: u32 = 5;
+    const PAUSE: Duration = Duration::from_millis(50);
+    if let Err(error) = machine.vm.resume().await {
+        tracing::error!(error = %chain(&error), "a machine that was stopped does not run on");
+        return;
+    }
+    for attempt in 1..=ATTEMPTS {
+        match machine.guest.undo_snapshot(&machine.host_token()).await {
+            Ok(()) => return,
+            Err(error) if attempt == ATTEMPTS => {
+                tracing::error!(error = %chain(&error), "a guest that was quieted was not told to go on");
+            }
+            Err(_) => tokio::time::sleep(PAUSE).await,
+        }
+    }
+}
