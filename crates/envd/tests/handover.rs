@@ -186,6 +186,13 @@ async fn g34_running_programs_survive_the_agent() {
         r#"{"restoreID":"r","accessToken":"secret","envVars":{"A":"kept"},"sandboxID":"sb-9"}"#;
     let answer = guest.http("POST", "/init", "", body);
     assert!(answer.starts_with("HTTP/1.1 204"), "{answer}");
+    let certificate = |answer: &str| {
+        let mut lines = answer.lines();
+        let line = lines.find(|line| line.starts_with("x-wrenn-restored: "));
+        line.unwrap_or_else(|| panic!("no certificate: {answer}"))
+            .to_owned()
+    };
+    let certified = certificate(&answer);
     // Init takes what it is sent when it comes to it.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let at_rest = guest.kept();
@@ -217,6 +224,9 @@ async fn g34_running_programs_survive_the_agent() {
     leave(&client, large, plain()).await;
 
     guest.crash();
+    // The restore hook has run; what it did is known, and it does not run again.
+    let answer = guest.http("POST", "/init", "secret", r#"{"restoreID":"r"}"#);
+    assert_eq!(certificate(&answer), certified);
     // The token holds, and so does everything that the host has told.
     assert!(
         guest

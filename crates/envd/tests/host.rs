@@ -167,6 +167,52 @@ fn g33_the_token_is_enforced_everywhere_but_where_it_must_not_be() {
     );
 }
 
+/// What an answer to `/init` says that the hook did.
+fn restored(answer: &str) -> serde_json::Value {
+    let line = answer
+        .lines()
+        .find_map(|line| line.strip_prefix("x-wrenn-restored: "))
+        .unwrap_or_else(|| panic!("no certificate: {answer}"));
+    serde_json::from_str(line).unwrap()
+}
+
+#[test]
+fn g25_the_restore_hook_says_what_it_did_and_says_the_same_again() {
+    let envd = Envd::start();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    let body = format!(
+        r#"{{"restoreID":"r1","accessToken":"t","timestamp":{}}}"#,
+        (now - Duration::from_secs(100)).as_nanos()
+    );
+    let (status, answer) = init(&envd, None, &body);
+    assert_eq!(status, 204);
+    let first = restored(&answer);
+    // Outside a VM randomness, names and clock are the machine's, and stay.
+    for key in ["entropyReseeded", "idsRotated", "clockSet"] {
+        assert_eq!(first[key], false, "{first}");
+    }
+    let offset = first["clockOffsetMicros"].as_i64().unwrap();
+    assert!((100_000_000..130_000_000).contains(&offset), "{first}");
+    let steps = first["steps"].as_array().unwrap();
+    let names: Vec<_> = steps.iter().map(|step| step[0].as_str().unwrap()).collect();
+    assert_eq!(names, ["connections", "ports", "thaw"]);
+    assert!(steps.iter().all(|step| step[1].is_u64()), "{first}");
+    // The hook does not run again, so it has nothing else to say.
+    let (_, again) = init(&envd, Some("t"), r#"{"restoreID":"r1"}"#);
+    assert_eq!(restored(&again), first);
+    let (_, next) = init(&envd, Some("t"), r#"{"restoreID":"r2"}"#);
+    assert!(
+        restored(&next)["clockOffsetMicros"].is_null(),
+        "no time was sent: {next}"
+    );
+    // Who is refused learns nothing.
+    let (status, refused) = init(&envd, Some("wrong"), r#"{"restoreID":"r2"}"#);
+    assert_eq!(status, 401);
+    assert!(!refused.contains("x-wrenn-restored"), "{refused}");
+}
+
 #[tokio::test]
 async fn variables_of_the_sandbox_reach_its_programs() {
     let envd = Envd::start();

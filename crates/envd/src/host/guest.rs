@@ -5,10 +5,12 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::time::{ClockId, Timespec};
 use sha2::{Digest, Sha256};
+
+use super::certificate::{Recorder, Step};
 
 /// KVM's clock; where it is, chronyd keeps the time and we never touch it.
 const PTP_CLOCK: &str = "/dev/ptp0";
@@ -62,13 +64,18 @@ pub(super) fn variables(
     envs
 }
 
-/// Carries out the plan. Blocks.
-pub(super) fn become_itself(plan: &Plan) -> Result<(), GuestError> {
+/// Carries out the plan, and has it recorded. Blocks.
+pub(super) fn become_itself(plan: &Plan, recorder: &mut Recorder) -> Result<(), GuestError> {
     crate::sys::reseed(&plan.seed).map_err(GuestError::Reseed)?;
-    if let Some(now) = plan.now
-        && !Path::new(PTP_CLOCK).exists()
-    {
-        set_clock(now)?;
+    recorder.certificate.entropy_reseeded = true;
+    recorder.done(Step::Entropy);
+    if let Some(now) = plan.now {
+        recorder.clock_was(clock(), now);
+        if !Path::new(PTP_CLOCK).exists() {
+            set_clock(now)?;
+            recorder.certificate.clock_set = true;
+        }
+        recorder.done(Step::Clock);
     }
     if let Some(machine) = &plan.machine {
         let id = hex::encode(&Sha256::digest(format!("wrenn machine id {machine}"))[..16]);
@@ -77,7 +84,17 @@ pub(super) fn become_itself(plan: &Plan) -> Result<(), GuestError> {
     if let Some(name) = plan.hostname.as_deref().filter(|name| !name.is_empty()) {
         set_hostname(name)?;
     }
-    markers(Path::new("/run"), plan)
+    markers(Path::new("/run"), plan)?;
+    recorder.certificate.ids_rotated = plan.machine.is_some();
+    recorder.done(Step::Identity);
+    Ok(())
+}
+
+/// The guest's time since 1970.
+pub(super) fn clock() -> Duration {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    // Before 1970 nothing is further from the host's time than 1970 is.
+    now.unwrap_or_default()
 }
 
 /// Writes in place. ext4 takes a file that is emptied and closed for one that is replaced,

@@ -13,6 +13,7 @@ use http::StatusCode;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use super::certificate::{Certificate, Recorder, Step};
 use super::guest::{self, GuestError};
 use super::{Host, Identity};
 use crate::auth::{AccessToken, AuthError};
@@ -23,6 +24,8 @@ use crate::state::Config;
 #[derive(Debug, Default)]
 pub(super) struct Hook {
     pub(super) done: Option<String>,
+    /// What it did.
+    pub(super) certificate: Certificate,
 }
 
 /// The body. What is left out stays as it is; unknown fields (E2B's) are no error.
@@ -113,12 +116,13 @@ impl Host {
         }
     }
 
+    /// Runs the hook, unless it has run for this restore; tells what it did, or did then.
     pub(super) async fn init(
         &self,
         token: Option<&[u8]>,
         carrier: Option<ConnectionId>,
         body: &[u8],
-    ) -> Result<(), InitError> {
+    ) -> Result<Certificate, InitError> {
         let mut life = self.life.lock().await;
         let identity = self.identity();
         self.may_init(token, identity.as_ref())?;
@@ -130,11 +134,14 @@ impl Host {
         let at = body.timestamp.as_ref().map(Timestamp::nanos).transpose()?;
         let in_vm = self.state.settings.in_vm;
         match &body.restore_id {
-            Some(id) if life.hook.done.as_ref() == Some(id) => return Ok(()),
+            Some(id) if life.hook.done.as_ref() == Some(id) => {
+                return Ok(life.hook.certificate.clone());
+            }
             None if in_vm => return Err(InitError::NoRestoreId),
             _ => {}
         }
         let config = self.merged(&body);
+        let mut recorder = Recorder::start();
         if in_vm {
             let plan = guest::Plan {
                 seed: seed(&body, token),
@@ -149,16 +156,24 @@ impl Host {
             };
             // Here and now: a few small writes into memory are done before a thread for them
             // is there, and the code that starts one is cold in a machine just restored.
-            guest::become_itself(&plan)?;
+            guest::become_itself(&plan, &mut recorder)?;
+        } else if let Some(at) = at {
+            recorder.clock_was(guest::clock(), at);
         }
         self.connections
             .restored(carrier, identity.as_ref().map(|i| i.restore_id.as_str()));
         self.state.set_config(config);
+        recorder.done(Step::Connections);
         self.ports.restart().await;
+        recorder.done(Step::Ports);
         // Last: from here on users' programs run.
         self.state.cgroups.thaw()?;
         life.freeze = None;
-        life.hook.done.clone_from(&body.restore_id);
+        recorder.done(Step::Thaw);
+        life.hook = Hook {
+            done: body.restore_id.clone(),
+            certificate: recorder.certificate.clone(),
+        };
         *self.ready_for() = identity.map(|i| i.restore_id);
         self.remember(&life, false);
         tracing::debug!(
@@ -167,7 +182,7 @@ impl Host {
             sandbox_id = body.sandbox_id.as_deref(),
             "initialised"
         );
-        Ok(())
+        Ok(recorder.certificate)
     }
 
     /// What holds after this `/init`.

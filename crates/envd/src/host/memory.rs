@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::certificate::Certificate;
+use super::init::Hook;
 use super::snapshot::Freeze;
 use super::{Host, Life, guest};
 use crate::auth::AccessToken;
@@ -21,6 +23,7 @@ struct Memory {
     sandbox_id: Option<String>,
     template_id: Option<String>,
     hook_done: Option<String>,
+    certificate: Certificate,
     ready_for: Option<String>,
     prepared: bool,
 }
@@ -42,6 +45,7 @@ impl Host {
             sandbox_id: config.sandbox_id.clone(),
             template_id: config.template_id.clone(),
             hook_done: life.hook.done.clone(),
+            certificate: life.hook.certificate.clone(),
             ready_for: self.ready_for().clone(),
             prepared,
         };
@@ -78,7 +82,10 @@ impl Host {
                 template_id: memory.template_id,
             });
         }
-        life.hook.done = memory.hook_done;
+        life.hook = Hook {
+            done: memory.hook_done,
+            certificate: memory.certificate,
+        };
         *self.ready_for() = memory.ready_for;
         if memory.prepared {
             // Quiesced as before: whoever asked for it ends it.

@@ -8,6 +8,7 @@
 //!      └────────────────────────────┘                           └ nothing of users runs
 //! ```
 
+mod certificate;
 mod guest;
 mod identity;
 mod init;
@@ -23,6 +24,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
+pub use self::certificate::RESTORED_HEADER;
 pub use self::identity::Identity;
 use self::identity::Source;
 use self::init::Hook;
@@ -157,7 +159,13 @@ async fn init(
     // On a task of its own: a host that hangs up in the middle leaves no half-run hook.
     let done = tokio::spawn(async move { host.init(token.as_deref(), carrier, &body).await }).await;
     match done {
-        Ok(Ok(())) => (StatusCode::NO_CONTENT, versions()).into_response(),
+        Ok(Ok(certificate)) => {
+            let mut answer = (StatusCode::NO_CONTENT, versions()).into_response();
+            if let Some(value) = certificate.header() {
+                answer.headers_mut().insert(RESTORED_HEADER, value);
+            }
+            answer
+        }
         Ok(Err(error)) => {
             if error.status().is_server_error() {
                 tracing::error!(%error, "the restore hook failed");
