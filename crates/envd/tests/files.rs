@@ -494,7 +494,7 @@ async fn g31_a_broken_upload_leaves_nothing_and_an_upload_under_way_is_not_seen(
         assert_eq!(names(dir.path()), ["kept"]);
     }
     // The server sees the end of the connection soon after us.
-    for _ in 0..100 {
+    for _ in 0..500 {
         if open_files_in(&envd, dir.path()) == 0 {
             break;
         }

@@ -110,7 +110,7 @@ fn try_one(target: &str, input: &[u8], check: fn(&[u8])) {
         std::fs::create_dir_all(&kept).unwrap();
         let file = kept.join(format!("{target}-test"));
         std::fs::write(&file, input).unwrap();
-        eprintln!("{target}: broken by {}: {input:?}", file.display());
+        println!("{target}: broken by {}: {input:?}", file.display());
         resume_unwind(panic);
     }
 }
