@@ -1,4 +1,4 @@
-//! Lines of `/proc/net/tcp` and `tcp6`.
+//! Lines of `/proc/net/tcp` and `tcp6`. See the property.
 #![no_main]
 #![allow(
     dead_code,
@@ -7,14 +7,7 @@
 
 #[path = "../../crates/envd/src/ports/table.rs"]
 mod table;
+#[path = "../properties/proc_net_tcp.rs"]
+mod property;
 
-use libfuzzer_sys::fuzz_target;
-
-fuzz_target!(|data: &[u8]| {
-    for line in data.split(|byte| *byte == b'\n') {
-        if let Some(listener) = table::line(line) {
-            // Mapped addresses are told as what they are.
-            assert_eq!(listener.address.ip(), listener.address.ip().to_canonical());
-        }
-    }
-});
+libfuzzer_sys::fuzz_target!(|data: &[u8]| property::check(data));

@@ -367,6 +367,19 @@ pub fn reseed(entropy: &[u8; 32]) -> io::Result<()> {
     Ok(())
 }
 
+/// Gives the calling thread a working directory of its own, which changes without those of
+/// the others; for as long as the thread lives.
+///
+/// # Errors
+/// Out of memory.
+pub fn own_working_directory() -> io::Result<()> {
+    // SAFETY: takes no pointer; what is shared no longer is never reached by its address.
+    if unsafe { libc::unshare(libc::CLONE_FS) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Gives free heap back to the kernel; after a burst the agent is small again.
 pub fn trim_heap() {
     // SAFETY: takes no pointer and is safe in any thread.

@@ -473,34 +473,6 @@ async fn uploads_that_are_wrong_are_refused_by_name() {
 }
 
 #[tokio::test]
-async fn metadata_is_replaced_as_a_whole() {
-    let envd = Envd::start();
-    // The system's own file system keeps user attributes; a tmpfs may not.
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let path = path_of(dir.path(), "f");
-    let headers = [("X-Metadata-Author", "me"), ("X-Metadata-Two", "a b;c")];
-    let answer = envd.put(&path, &headers, "1").await;
-    let metadata = serde_json::json!({"author": "me", "two": "a b;c"});
-    assert_eq!(answer.json()[0]["metadata"], metadata, "{:?}", answer.body);
-    let value = |name: &str| {
-        let mut buffer = [0u8; 100];
-        let length = rustix::fs::getxattr(&path, name, &mut buffer).ok()?;
-        Some(String::from_utf8(buffer[..length].to_vec()).unwrap())
-    };
-    assert_eq!(value("user.e2b.two").as_deref(), Some("a b;c"));
-    rustix::fs::setxattr(&path, "user.own", b"kept", rustix::fs::XattrFlags::empty()).unwrap();
-    envd.put(&path, &[("x-metadata-two", "2")], "2").await;
-    assert_eq!(
-        (value("user.e2b.author"), value("user.e2b.two")),
-        (None, Some("2".into()))
-    );
-    let answer = envd.put(&path, &[], "3").await;
-    assert!(answer.json()[0].get("metadata").is_none());
-    assert_eq!(value("user.e2b.two"), None);
-    assert_eq!(value("user.own").as_deref(), Some("kept"));
-}
-
-#[tokio::test]
 async fn g31_a_broken_upload_leaves_nothing_and_an_upload_under_way_is_not_seen() {
     let envd = Envd::start();
     let dir = shared_dir();
@@ -522,7 +494,7 @@ async fn g31_a_broken_upload_leaves_nothing_and_an_upload_under_way_is_not_seen(
         assert_eq!(names(dir.path()), ["kept"]);
     }
     // The server sees the end of the connection soon after us.
-    for _ in 0..100 {
+    for _ in 0..500 {
         if open_files_in(&envd, dir.path()) == 0 {
             break;
         }

@@ -194,8 +194,14 @@ async fn g34_running_programs_survive_the_agent() {
     };
     let certified = certificate(&answer);
     // Init takes what it is sent when it comes to it.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let at_rest = guest.kept();
+    let mut at_rest = guest.kept();
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        match guest.kept() {
+            same if same == at_rest => break,
+            other => at_rest = other,
+        }
+    }
 
     let plain = CallOptions::default;
     let sleeper = leave(&client, tagged(sh("exec sleep 300"), "sleeper"), plain()).await;

@@ -260,17 +260,16 @@ async fn g25_a_prepared_guest_starts_nothing_and_goes_on_when_told() {
     );
     let client = envd.client();
     let waiting = tokio::spawn(async move {
-        let began = Instant::now();
-        let told = run(&client, sh("echo ran"), CallOptions::default())
-            .await
-            .unwrap();
-        (told.stdout, began.elapsed())
+        let told = run(&client, sh("echo ran"), CallOptions::default()).await;
+        told.unwrap().stdout
     });
     tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(
+        !waiting.is_finished(),
+        "nothing starts while it is prepared"
+    );
     assert_eq!(http(&envd, "POST", "/snapshot/undo", &[], "").0, 204);
-    let (stdout, took) = waiting.await.unwrap();
-    assert_eq!(stdout, b"ran\n");
-    assert!(took >= Duration::from_millis(250), "it waited: {took:?}");
+    assert_eq!(waiting.await.unwrap(), b"ran\n");
     assert_eq!(http(&envd, "POST", "/snapshot/undo", &[], "").0, 204);
 }
 
@@ -294,6 +293,9 @@ fn malformed_requests_harm_nobody() {
         assert!(!answer.starts_with(b"HTTP/1.1 200 OK") || answer.windows(7).any(|w| w == b"\"error\""));
     }
     assert_eq!(http(&envd, "GET", "/health", &[], "").0, 204);
-    std::thread::sleep(Duration::from_millis(300));
-    assert!(envd.descriptors() <= before + 1, "no descriptor is lost");
+    let until = Instant::now() + Duration::from_secs(10);
+    while envd.descriptors() > before + 1 {
+        assert!(Instant::now() < until, "no descriptor is lost");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }

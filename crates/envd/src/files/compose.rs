@@ -71,7 +71,7 @@ fn put_together(sources: &[PathBuf], destination: &Path) -> Result<(), FsError> 
             .map_err(|error| FsError::from_io("copy to", destination, &error))?;
         staged.count(copied);
     }
-    staged.seal(&Metadata::new())?;
+    staged.seal()?;
     let target = staged.target().to_owned();
     staged.commit()?;
     let mut gone = HashSet::new();

@@ -29,6 +29,7 @@ use crate::filesystem::directory::{Nearest, nearest};
 use crate::filesystem::entry::{METADATA_PREFIX, other_attributes};
 use crate::filesystem::error::FsError;
 use crate::filesystem::hidden::{Appears, upload_name};
+use crate::filesystem::kind::kind_of;
 use crate::filesystem::path::split;
 
 /// Mode of new files.
@@ -148,40 +149,47 @@ impl Staged {
         self.size += bytes;
     }
 
-    /// The contents are complete: gives the file its mode and metadata. Metadata replaces
-    /// what the file before it had; other attributes of the user are taken over.
+    /// Gives the file metadata, in place of what the file before it had. Before its contents:
+    /// where metadata cannot be kept, nobody sends a gigabyte to learn it.
     ///
     /// # Errors
-    /// [`FsError::Invalid`] where the file system keeps no extended attributes.
-    pub fn seal(&mut self, metadata: &Metadata) -> Result<(), FsError> {
-        let file = self.file()?;
-        let mut attributes: Vec<(Vec<u8>, Vec<u8>)> = metadata
-            .iter()
-            .map(|(key, value)| {
-                (
-                    format!("{METADATA_PREFIX}{key}").into_bytes(),
-                    value.clone().into_bytes(),
-                )
-            })
-            .collect();
-        if self.missing.is_empty() {
-            attributes.extend(other_attributes(&self.target));
+    /// [`FsError::Invalid`] where the file system keeps no extended attributes: a tmpfs
+    /// before Linux 6.6 is one.
+    pub fn label(&mut self, metadata: &Metadata) -> Result<(), FsError> {
+        for (key, value) in metadata {
+            self.attribute(
+                format!("{METADATA_PREFIX}{key}").as_bytes(),
+                value.as_bytes(),
+            )?;
         }
-        for (name, value) in attributes {
-            match rustix::fs::fsetxattr(file, name.as_slice(), &value, XattrFlags::empty()) {
-                Ok(()) => {}
-                Err(Errno::OPNOTSUPP) => {
-                    return Err(FsError::Invalid(format!(
-                        "metadata cannot be kept: the file system of '{}' has no extended attributes",
-                        self.target.display()
-                    )));
-                }
-                Err(errno) => {
-                    return Err(FsError::from_errno("set metadata of", &self.target, errno));
-                }
+        Ok(())
+    }
+
+    fn attribute(&self, name: &[u8], value: &[u8]) -> Result<(), FsError> {
+        let file = self.file()?;
+        rustix::fs::fsetxattr(file, name, value, XattrFlags::empty()).map_err(|errno| match errno {
+            Errno::OPNOTSUPP => FsError::Invalid(format!(
+                "metadata of '{}' cannot be kept: its file system, {}, has no extended attributes \
+                 for users; upload it without X-Metadata headers, or to another file system",
+                self.target.display(),
+                kind_of(file).as_deref().unwrap_or("whatever it is"),
+            )),
+            errno => FsError::from_errno("set metadata of", &self.target, errno),
+        })
+    }
+
+    /// The contents are complete: gives the file its mode, and what the file before it had of
+    /// the user's attributes that are no metadata.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn seal(&mut self) -> Result<(), FsError> {
+        if self.missing.is_empty() {
+            for (name, value) in other_attributes(&self.target) {
+                self.attribute(&name, &value)?;
             }
         }
-        rustix::fs::fchmod(file, Mode::from_raw_mode(self.mode))
+        rustix::fs::fchmod(self.file()?, Mode::from_raw_mode(self.mode))
             .map_err(|errno| FsError::from_errno("change mode of", &self.target, errno))
     }
 
@@ -346,7 +354,7 @@ mod tests {
             Bytes::from_static(text.as_bytes()),
             Bytes::new(),
         ])?;
-        staged.seal(&Metadata::new())?;
+        staged.seal()?;
         staged.commit()
     }
 
@@ -357,7 +365,7 @@ mod tests {
         let mut staged = Staged::create(&path).unwrap();
         staged.write(&[Bytes::from_static(b"half")]).unwrap();
         assert_eq!(names(dir.path()), Vec::<String>::new());
-        staged.seal(&Metadata::new()).unwrap();
+        staged.seal().unwrap();
         staged.park().unwrap();
         assert_eq!(names(dir.path()).len(), 1);
         drop(staged);
@@ -400,8 +408,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new/f");
         let mut staged = Staged::create(&path).unwrap();
+        staged.label(&vec![("k".into(), "v".into())]).unwrap();
         staged.write(&[Bytes::from_static(b"x")]).unwrap();
-        staged.seal(&vec![("k".into(), "v".into())]).unwrap();
+        staged.seal().unwrap();
         staged.park().unwrap();
         staged.commit().unwrap();
         assert_eq!(names(dir.path()), ["new"]);

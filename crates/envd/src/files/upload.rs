@@ -194,7 +194,13 @@ impl Upload<'_> {
         let path = resolve(path, &self.user, self.state)?;
         let _open = self.state.enter().await?;
         let at = path.clone();
-        let staged = identity::run(&self.user, move || Staged::create(&at)).await?;
+        let metadata = Arc::clone(&self.metadata);
+        let staged = identity::run(&self.user, move || {
+            let mut staged = Staged::create(&at)?;
+            staged.label(&metadata)?;
+            Ok(staged)
+        })
+        .await?;
         if !self.targets.insert(staged.target().to_owned()) {
             return Err(HttpError::BadRequest(format!(
                 "the path '{}' is uploaded more than once in one request",
@@ -205,11 +211,10 @@ impl Upload<'_> {
     }
 
     async fn complete(&mut self, sink: Sink) -> Result<(), HttpError> {
-        let metadata = Arc::clone(&self.metadata);
         let park = self.files.len() >= MAX_OPEN;
         let (path, mut staged) = sink.finish().await?;
         let staged = identity::run(&self.user, move || {
-            staged.seal(&metadata)?;
+            staged.seal()?;
             if park {
                 staged.park()?;
             }

@@ -8,7 +8,7 @@ use rustix::fs::{CWD, FileType as Kind, Mode, OFlags};
 use rustix::io::Errno;
 use wrenn_wire::filesystem::FileType;
 
-use super::entry::{self, Entry, Names};
+use super::entry::{self, Entry, Inside, Names};
 use super::error::FsError;
 use super::path::split;
 
@@ -184,8 +184,9 @@ fn read(path: &Path, follow: bool, names: &mut Names) -> Result<Vec<Entry>, FsEr
         other => FsError::from_errno("list", path, other),
     })?;
     let mut found = Vec::new();
+    let inside = Inside::enter(&dir);
     for name in names_in(&dir, path)? {
-        match entry::in_dir(&dir, path, &name, names) {
+        match entry::in_dir(&dir, path, &name, inside.as_ref(), names) {
             Ok(entry) => found.push(entry),
             // Gone since it was read.
             Err(FsError::Missing(_)) => {}

@@ -1,7 +1,9 @@
 //! What is known of one file: the entry of `Stat`, `ListDir` and watch events.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::CStr;
+use std::marker::PhantomData;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -91,6 +93,39 @@ impl Names {
     }
 }
 
+/// The thread's own working directory, until this is dropped.
+#[derive(Debug)]
+pub struct Inside {
+    thread_bound: PhantomData<*const ()>,
+}
+
+impl Inside {
+    /// Enters an open directory. `None` where that cannot be, as for a user who may read it
+    /// and not pass through it.
+    pub fn enter(dir: impl AsFd) -> Option<Inside> {
+        thread_local! {
+            static OWN: Cell<bool> = const { Cell::new(false) };
+        }
+        if !OWN.get() {
+            crate::sys::own_working_directory().ok()?;
+            OWN.set(true);
+        }
+        rustix::process::fchdir(dir).ok()?;
+        Some(Inside {
+            thread_bound: PhantomData,
+        })
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        // Nothing of ours goes by the working directory; only, none must be held.
+        if let Err(error) = rustix::process::chdir("/") {
+            tracing::warn!(%error, "a thread stays in a directory that it has listed");
+        }
+    }
+}
+
 /// The entry at an absolute path. A link is described, and what it leads to gives type,
 /// mode and metadata.
 ///
@@ -103,10 +138,12 @@ pub fn at_path(path: &Path, names: &mut Names) -> Result<Entry, FsError> {
     })?;
     let name = path.file_name().unwrap_or(path.as_os_str());
     let name = name.to_string_lossy().into_owned();
-    build(CWD, path.as_os_str().as_bytes(), name, path, &stat, names)
+    let at = path.as_os_str().as_bytes();
+    build(CWD, at, path, name, path.to_owned(), &stat, names)
 }
 
-/// The entry `name` of the open directory `dir`, whose path is `parent`.
+/// The entry `name` of the open directory `dir`, whose path is `parent`. Quicker where the
+/// thread has the directory as its own working directory, `inside`.
 ///
 /// # Errors
 /// [`FsError::Missing`] when it is gone by now.
@@ -114,6 +151,7 @@ pub fn in_dir(
     dir: impl AsFd,
     parent: &Path,
     name: &CStr,
+    inside: Option<&Inside>,
     names: &mut Names,
 ) -> Result<Entry, FsError> {
     let bytes = name.to_bytes();
@@ -121,14 +159,26 @@ pub fn in_dir(
     let stat = rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW)
         .map_err(|errno| FsError::from_errno("stat", &path, errno))?;
     let shown = String::from_utf8_lossy(bytes).into_owned();
-    build(dir, bytes, shown, &path, &stat, names)
+    let reach = match inside {
+        Some(_) => PathBuf::from(std::ffi::OsStr::from_bytes(bytes)),
+        None => beneath(&dir, bytes),
+    };
+    build(dir, bytes, &reach, shown, path, &stat, names)
+}
+
+/// A path that reaches a name in an open directory: extended attributes have no calls
+/// relative to a descriptor. The kernel walks through its proc file system for it.
+fn beneath(dir: impl AsFd, name: &[u8]) -> PathBuf {
+    let fd = dir.as_fd().as_raw_fd();
+    Path::new(&format!("/proc/self/fd/{fd}")).join(std::ffi::OsStr::from_bytes(name))
 }
 
 fn build(
     dir: impl AsFd,
     at: &[u8],
+    reach: &Path,
     name: String,
-    path: &Path,
+    path: PathBuf,
     stat: &Stat,
     names: &mut Names,
 ) -> Result<Entry, FsError> {
@@ -142,10 +192,10 @@ fn build(
             // It leads nowhere, in a circle, or where the user may not look.
             Err(_) => (FileType::FILE_TYPE_SYMLINK, stat.st_mode),
         };
-        let target = match std::fs::canonicalize(path) {
+        let target = match std::fs::canonicalize(&path) {
             Ok(target) => target.to_string_lossy().into_owned(),
             Err(_) => rustix::fs::readlinkat(&dir, at, Vec::new())
-                .map_err(|errno| FsError::from_errno("read link", path, errno))?
+                .map_err(|errno| FsError::from_errno("read link", &path, errno))?
                 .to_string_lossy()
                 .into_owned(),
         };
@@ -154,12 +204,12 @@ fn build(
         (wire_kind(own), stat.st_mode, None)
     };
     let metadata = match own {
-        Kind::RegularFile | Kind::Directory | Kind::Symlink => metadata(&reach(&dir, at, path)),
+        Kind::RegularFile | Kind::Directory | Kind::Symlink => metadata(reach),
         _ => HashMap::new(),
     };
     Ok(Entry {
         name,
-        path: path.to_owned(),
+        path,
         kind,
         size: stat.st_size,
         mode: mode & 0o777,
@@ -182,16 +232,6 @@ fn wire_kind(kind: Kind) -> FileType {
         Kind::Symlink => FileType::FILE_TYPE_SYMLINK,
         _ => FileType::FILE_TYPE_UNSPECIFIED,
     }
-}
-
-/// A path that reaches `at` below an open directory: extended attributes have no calls
-/// relative to a descriptor.
-fn reach(dir: impl AsFd, at: &[u8], path: &Path) -> PathBuf {
-    let fd = dir.as_fd().as_raw_fd();
-    if fd < 0 || at.starts_with(b"/") {
-        return path.to_owned();
-    }
-    Path::new(&format!("/proc/self/fd/{fd}")).join(std::ffi::OsStr::from_bytes(at))
 }
 
 /// The metadata of what `path` leads to. Empty where there is none, the file system keeps

@@ -14,6 +14,7 @@ pub mod entry;
 pub mod error;
 pub mod hidden;
 pub mod identity;
+pub mod kind;
 pub mod path;
 pub mod relocate;
 pub mod watch;

@@ -20,6 +20,9 @@ use crate::handover::Kept;
 
 /// How long an exit is kept for those who connect late.
 pub const RETENTION: Duration = Duration::from_secs(60);
+/// Exits that are kept: who runs more than this in [`RETENTION`], dozens a second without
+/// a pause, finds those of the last ones only. Without a bound they would fill the guest.
+const MAX_ENDED: usize = 4096;
 /// Output of ended programs that is kept for replay, all together.
 const ENDED_OUTPUT: u64 = 4 << 20;
 
@@ -312,7 +315,8 @@ pub enum SelectError {
 #[derive(Debug, Default)]
 struct Inner {
     running: HashMap<u32, Arc<Process>>,
-    ended: HashMap<u32, Ended>,
+    /// A tree, for it gives back the memory of what is forgotten.
+    ended: BTreeMap<u32, Ended>,
     /// Ended ones by age: number and serial.
     order: VecDeque<(u32, u64)>,
     /// Those of them whose output is kept.
@@ -392,7 +396,6 @@ impl Table {
             inner.expire();
             if inner.ended.is_empty() {
                 inner.janitor = false;
-                inner.ended.shrink_to_fit();
                 inner.order.shrink_to_fit();
                 inner.with_output.shrink_to_fit();
                 drop(inner);
@@ -509,7 +512,7 @@ impl Inner {
                 .ended
                 .get(&pid)
                 .is_some_and(|e| e.serial == serial && e.at.elapsed() < RETENTION);
-            if young {
+            if young && self.ended.len() <= MAX_ENDED {
                 break;
             }
             self.order.pop_front();

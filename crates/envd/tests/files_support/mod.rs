@@ -32,7 +32,14 @@ impl Drop for Envd {
 
 impl Envd {
     pub fn start() -> Envd {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_envd"))
+        Envd::start_by(Command::new("env"))
+    }
+
+    /// Started by another program, which takes it and its arguments as its own last ones, and
+    /// becomes it.
+    pub fn start_by(mut command: Command) -> Envd {
+        let mut child = command
+            .arg(env!("CARGO_BIN_EXE_envd"))
             .args(["--no-vm", "--port", "0"])
             .env("ENVD_LOG", "warn")
             .stdin(Stdio::null())

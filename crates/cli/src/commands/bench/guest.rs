@@ -5,14 +5,15 @@
 //! behind. Everything it makes is gone when it ends, whichever way it ends.
 
 mod agent;
+mod baseline;
 mod client;
+mod content;
 
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use buffa::MessageField;
-use bytes::Bytes;
 use futures::stream;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::Method;
@@ -28,6 +29,7 @@ use wrenn_wire::process::{
 
 use self::agent::{Agent, AgentError};
 use self::client::{CallError, Codec, Connection, Told, full};
+use self::content::{continues, count, is_written, piece};
 use super::report::{self, Phase, Unit, load_average};
 use crate::args::OutputArgs;
 use crate::commands::Context;
@@ -46,14 +48,15 @@ const TARGET_LISTING: f64 = 1000.0;
 const TARGET_IDLE: f64 = (12 << 20) as f64;
 const TARGET_STREAMS: f64 = (40 << 20) as f64;
 const TARGET_SIZE: f64 = 8e6;
-/// "Where it was", give or take what an allocator keeps.
+/// "Where it was", give or take what an allocator keeps and the exits of the last programs,
+/// which are there for those who connect late.
 const TARGET_GROWTH: f64 = (1 << 20) as f64;
+/// Those exits are as many as will ever be kept after the first half of the programs.
+const TARGET_FLAT: f64 = (256 << 10) as f64;
 /// An agent is idle once its start, or what it did, has died away.
 const SETTLE: Duration = Duration::from_secs(2);
 /// Programs before the count begins: buffers and pools have their size then.
 const WARM: u32 = 200;
-/// Files are sent in pieces of this size, all of the same content.
-const PIECE: usize = 1 << 20;
 /// No phase takes longer, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -98,6 +101,8 @@ enum BenchError {
         #[source]
         source: io::Error,
     },
+    #[error("the measurement without an agent failed")]
+    Baseline(#[source] io::Error),
     #[error("{0}")]
     Wrong(String),
     #[error("`{0}` was not done after {PATIENCE:?}")]
@@ -297,7 +302,7 @@ impl Bench<'_> {
             &["-c", &size.to_string(), "/dev/zero"],
             false,
         );
-        let mut phases = Vec::new();
+        let (mut phases, mut alone) = (Vec::new(), Vec::new());
         for (codec, target) in [
             (Codec::Json, TARGET_OUTPUT_JSON),
             (Codec::Binary, TARGET_OUTPUT_BINARY),
@@ -305,6 +310,7 @@ impl Bench<'_> {
             let mut connection = Connection::open(agent.address).await?;
             let mut rates = Vec::new();
             for _ in 0..self.args.rounds {
+                alone.push(baseline::output(size).await.map_err(BenchError::Baseline)?);
                 let began = Instant::now();
                 let events = connection.stream(codec, START, &request).await?;
                 let (mut zeros, mut others) = (0, 0);
@@ -330,6 +336,12 @@ impl Bench<'_> {
             ));
         }
         agent.stop().await?;
+        phases.push(Phase::new(
+            "  the same, only a pipe and a socket",
+            Unit::BytesPerSecond,
+            alone,
+            None,
+        ));
         Ok(phases)
     }
 
@@ -342,7 +354,7 @@ impl Bench<'_> {
         let size = self.bytes();
         let free = rustix::fs::statvfs(&self.args.folder)
             .map_err(|errno| self.file_error(&self.args.folder, errno.into()))?;
-        // The upload is beside the file it replaces until it is whole.
+        // The upload is beside the file it replaces until it is whole; so is the baseline's.
         if free.f_bavail * free.f_frsize < 2 * size + (64 << 20) {
             let why = format!("{} has too little space", self.args.folder.display());
             return Ok(names
@@ -358,6 +370,7 @@ impl Bench<'_> {
         let target = format!("/files?path={}", path.display());
         let piece = piece();
         let (mut up, mut down) = (Vec::new(), Vec::new());
+        let (mut bare_up, mut bare_down) = (Vec::new(), Vec::new());
         let mut connection = Connection::open(agent.address).await?;
         for _ in 0..self.args.rounds {
             let pieces = (0..self.args.size).map({
@@ -377,6 +390,10 @@ impl Bench<'_> {
             let answer = answer.into_body().collect().await;
             answer.map_err(CallError::from)?;
             up.push(size as f64 / began.elapsed().as_secs_f64());
+            let bare = baseline::upload(size, piece.clone(), folder.path().join("bare"));
+            bare_up.push(bare.await.map_err(BenchError::Baseline)?);
+            let bare = folder.path().join("bare");
+            std::fs::remove_file(&bare).map_err(|source| self.file_error(&bare, source))?;
         }
         is_written(&path, &piece, size).map_err(|source| self.file_error(&path, source))?;
         for _ in 0..self.args.rounds {
@@ -401,13 +418,19 @@ impl Bench<'_> {
                     "a download of {size} bytes ended after {at}"
                 )));
             }
+            let bare = baseline::download(size, piece.clone(), path.clone());
+            bare_down.push(bare.await.map_err(BenchError::Baseline)?);
         }
         agent.stop().await?;
-        Ok(names
-            .into_iter()
-            .zip([up, down])
-            .map(|(name, rates)| Phase::new(name, Unit::BytesPerSecond, rates, Some(TARGET_FILE)))
-            .collect())
+        let bare = "  the same, only a socket and a file";
+        let [upload, download] = names;
+        let unit = Unit::BytesPerSecond;
+        Ok(vec![
+            Phase::new(upload, unit, up, Some(TARGET_FILE)),
+            Phase::new(bare, unit, bare_up, None),
+            Phase::new(download, unit, down, Some(TARGET_FILE)),
+            Phase::new(bare, unit, bare_down, None),
+        ])
     }
 
     /// One directory of many entries.
@@ -504,11 +527,16 @@ impl Bench<'_> {
         for codec in CODECS {
             connections.push((codec, Connection::open(agent.address).await?));
         }
-        let mut before = 0;
+        let half = WARM + self.args.programs / 2;
+        let (mut before, mut between) = (0, 0);
         for n in 0..WARM + self.args.programs {
             if n == WARM {
                 tokio::time::sleep(SETTLE).await;
                 before = agent.resident()?;
+            }
+            if n == half {
+                tokio::time::sleep(SETTLE).await;
+                between = agent.resident()?;
             }
             let turn = n as usize % connections.len();
             let (codec, connection) = &mut connections[turn];
@@ -530,6 +558,12 @@ impl Bench<'_> {
                 Unit::Bytes,
                 vec![after.saturating_sub(before) as f64],
                 Some(TARGET_GROWTH),
+            ),
+            Phase::new(
+                format!("  of it by the last {}", n - n / 2),
+                Unit::Bytes,
+                vec![after.saturating_sub(between) as f64],
+                Some(TARGET_FLAT),
             ),
         ])
     }
@@ -597,54 +631,6 @@ fn ms(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }
 
-/// Content in which a shift shows.
-fn piece() -> Bytes {
-    (0..PIECE as u32)
-        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
-        .collect()
-}
-
-/// Whether `data` is what a file of nothing but pieces has from `at` on.
-fn continues(piece: &[u8], at: u64, mut data: &[u8]) -> bool {
-    let mut from = (at % PIECE as u64) as usize;
-    while !data.is_empty() {
-        let length = data.len().min(PIECE - from);
-        if data[..length] != piece[from..from + length] {
-            return false;
-        }
-        data = &data[length..];
-        from = 0;
-    }
-    true
-}
-
-/// Reads back what the agent wrote.
-fn is_written(path: &Path, piece: &[u8], size: u64) -> io::Result<()> {
-    let mut file = std::fs::File::open(path)?;
-    let mut buffer = vec![0; PIECE];
-    let mut left = size;
-    while left > 0 {
-        let length = left.min(PIECE as u64) as usize;
-        file.read_exact(&mut buffer[..length])?;
-        if buffer[..length] != piece[..length.min(piece.len())] {
-            return Err(io::Error::other("it is not what was uploaded"));
-        }
-        left -= length as u64;
-    }
-    match file.read(&mut buffer)? {
-        0 => Ok(()),
-        _ => Err(io::Error::other("it is longer than what was uploaded")),
-    }
-}
-
-/// How often `what` is in `bytes`.
-fn count(bytes: &[u8], what: &[u8]) -> usize {
-    bytes
-        .windows(what.len())
-        .filter(|window| *window == what)
-        .count()
-}
-
 /// Lets this process, and what it starts, have `wanted` files open; whether that is possible.
 fn raise_open_files(wanted: u64) -> bool {
     let limit = rustix::process::getrlimit(Resource::Nofile);
@@ -657,37 +643,4 @@ fn raise_open_files(wanted: u64) -> bool {
         maximum: limit.maximum,
     };
     enough(limit.maximum) && rustix::process::setrlimit(Resource::Nofile, raised).is_ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_compared_can_differ() {
-        let piece = piece();
-        let mut twice = piece.to_vec();
-        twice.extend_from_slice(&piece);
-        assert!(continues(&piece, 0, &twice));
-        assert!(continues(&piece, 7, &twice[7..]));
-        assert!(continues(
-            &piece,
-            PIECE as u64 * 3 - 1,
-            &twice[PIECE - 1..PIECE + 9]
-        ));
-        assert!(!continues(&piece, 1, &twice));
-        assert_eq!(count(b"/a/entry-1 /a/entry-2", b"/a/entry-"), 2);
-    }
-
-    #[test]
-    fn a_file_is_read_back_whole() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let piece = piece();
-        std::fs::write(file.path(), &piece).unwrap();
-        let size = PIECE as u64;
-        assert!(is_written(file.path(), &piece, size).is_ok());
-        assert!(is_written(file.path(), &piece, size - 1).is_err());
-        assert!(is_written(file.path(), &piece, size + 1).is_err());
-        assert!(is_written(file.path(), &piece[1..], size).is_err());
-    }
 }
