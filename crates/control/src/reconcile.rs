@@ -54,7 +54,7 @@ pub(crate) fn judge(row: SandboxState, busy: bool, host: Option<&HostSandbox>) -
         state if state == row => Verdict::Keep,
         // The host is at work by itself, such as on its way to an end.
         S::Pending | S::Missing => Verdict::Keep,
-        S::Stopping | S::Starting => Verdict::Keep,
+        S::Stopping | S::Starting | S::Pausing | S::Snapshotting | S::Resuming => Verdict::Keep,
         state => Verdict::Become(state, reason()),
     }
 }
@@ -123,6 +123,7 @@ impl Reconciler {
             }
         }
         app.store.expire_idempotency(Timestamp::now()).await?;
+        app.tidy_snapshots().await?;
         Ok(())
     }
 }

@@ -23,7 +23,9 @@ fn operations() -> Vec<(String, String)> {
                 let path = path
                     .replace("{id}", "sb-0192f0c8-6a3e-7c3a-9d1e-5b8f3c2a1d00")
                     .replace("{key_id}", "key-0192f0c8-6a3e-7c3a-9d1e-5b8f3c2a1d00")
-                    .replace("{process}", "1");
+                    .replace("{process}", "1")
+                    .replace("{name}", "mine")
+                    .replace("{template}", "mine");
                 assert!(!path.contains('{'), "{path}");
                 all.push((method.to_uppercase(), path));
             }

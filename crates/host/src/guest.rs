@@ -273,29 +273,22 @@ impl Guest {
 
     /// Quiesces the guest for a freeze: its own connections idle, the users' processes
     /// frozen, file systems synced.
-    pub async fn prepare_snapshot(&self, host_token: &AccessToken) -> Result<(), GuestError> {
+    pub async fn prepare_snapshot(&self) -> Result<(), GuestError> {
         const WHAT: &str = "to be quiet for a snapshot (/snapshot/prepare)";
-        self.host_call(WHAT, "/snapshot/prepare", host_token).await
+        self.host_call(WHAT, "/snapshot/prepare").await
     }
 
     /// Has a quiesced guest go on, when there was no freeze or its machine lives on. One that
     /// is not quiesced does nothing.
-    pub async fn undo_snapshot(&self, host_token: &AccessToken) -> Result<(), GuestError> {
+    pub async fn undo_snapshot(&self) -> Result<(), GuestError> {
         const WHAT: &str = "to go on after a snapshot (/snapshot/undo)";
-        self.host_call(WHAT, "/snapshot/undo", host_token).await
+        self.host_call(WHAT, "/snapshot/undo").await
     }
 
     /// A call without content of one of the host's own routes.
-    async fn host_call(
-        &self,
-        what: &'static str,
-        path: &str,
-        host_token: &AccessToken,
-    ) -> Result<(), GuestError> {
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(format!("http://guest:{ENVD_PORT}{path}"))
-            .header("x-access-token", host_token.reveal())
+    async fn host_call(&self, what: &'static str, path: &str) -> Result<(), GuestError> {
+        let request = self
+            .request(Method::POST, path)
             .body(full(""))
             .map_err(|e| GuestError::Broken {
                 what,

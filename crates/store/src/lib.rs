@@ -17,6 +17,7 @@ mod idempotency;
 mod keys;
 mod row;
 mod sandboxes;
+mod snapshots;
 mod teams;
 mod time;
 
@@ -25,5 +26,6 @@ pub use error::StoreError;
 pub use idempotency::{IDEMPOTENCY_KEEP_MS, Remembered, RequestHash};
 pub use keys::{KeyRow, NewKey};
 pub use sandboxes::{Change, Inserted, NewSandbox, Page, SandboxFilter, SandboxRow};
+pub use snapshots::{Named, NewSnapshot, SnapshotKind, SnapshotRow};
 pub use teams::Team;
 pub use time::Timestamp;

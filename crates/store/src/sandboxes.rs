@@ -29,6 +29,10 @@ pub struct NewSandbox {
     pub secure: bool,
     /// It may reach the internet.
     pub allow_internet: bool,
+    /// When its time is over it is paused, not ended.
+    pub pause_at_end: bool,
+    /// While it is paused, traffic resumes it.
+    pub auto_resume: bool,
     /// The key that makes this creation one of a kind, and what was asked for.
     pub idempotency: Option<(String, RequestHash)>,
 }
@@ -71,6 +75,10 @@ pub struct SandboxRow {
     pub secure: bool,
     /// It may reach the internet.
     pub allow_internet: bool,
+    /// When its time is over it is paused, not ended.
+    pub pause_at_end: bool,
+    /// While it is paused, traffic resumes it.
+    pub auto_resume: bool,
     /// The guest agent's version; empty until it first ran.
     pub envd_version: String,
     /// Where it runs or ran.
@@ -128,6 +136,10 @@ pub struct Page {
 
 const TABLE: &str = "sandboxes";
 
+/// The words of `on_timeout`.
+const PAUSE: &str = "pause";
+const KILL: &str = "kill";
+
 fn read(row: &SqliteRow) -> Result<SandboxRow, StoreError> {
     let row = Columns { table: TABLE, row };
     let metadata = row.text("metadata")?;
@@ -149,6 +161,8 @@ fn read(row: &SqliteRow) -> Result<SandboxRow, StoreError> {
         end_at: row.optional_time("end_at")?,
         secure: row.flag("secure")?,
         allow_internet: row.flag("allow_internet")?,
+        pause_at_end: row.text("on_timeout")? == PAUSE,
+        auto_resume: row.flag("auto_resume")?,
         envd_version: row.text("envd_version")?,
         host: row.optional_uuid("host_id")?.map(HostId::from_uuid),
         created_at: row.time("created_at")?,
@@ -182,8 +196,8 @@ impl Store {
         let row = sqlx::query(
             "INSERT INTO sandboxes (id, team_id, template, state, generation, vcpus, memory_mib,
                  disk_mib, metadata, idle_timeout_secs, end_at, secure, allow_internet,
-                 envd_version, created_at, updated_at)
-             VALUES ($1, $2, $3, $4, 1, $5, $6, 0, $7, $8, $9, $10, $11, '', $12, $12)
+                 envd_version, created_at, updated_at, on_timeout, auto_resume)
+             VALUES ($1, $2, $3, $4, 1, $5, $6, 0, $7, $8, $9, $10, $11, '', $12, $12, $13, $14)
              RETURNING *",
         )
         .bind(new.id.uuid().to_string())
@@ -198,6 +212,8 @@ impl Store {
         .bind(i64::from(new.secure))
         .bind(i64::from(new.allow_internet))
         .bind(now.unix_ms())
+        .bind(if new.pause_at_end { PAUSE } else { KILL })
+        .bind(i64::from(new.auto_resume))
         .fetch_one(&mut *tx)
         .await
         .map_err(failed())?;

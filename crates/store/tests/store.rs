@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 
 use wrenn_store::{
-    Change, Inserted, NewKey, NewSandbox, Page, RequestHash, SandboxFilter, SandboxRow, Store,
-    Team, Timestamp,
+    Change, Inserted, Named, NewKey, NewSandbox, NewSnapshot, Page, RequestHash, SandboxFilter,
+    SandboxRow, SnapshotKind, Store, Team, Timestamp,
 };
 use wrenn_types::{ApiKey, SandboxId, SandboxState, Shape};
 
@@ -42,6 +42,8 @@ impl Bed {
             end_at: None,
             secure: true,
             allow_internet: true,
+            pause_at_end: false,
+            auto_resume: false,
             idempotency: None,
         }
     }
@@ -296,4 +298,70 @@ async fn g40_a_key_is_stored_as_its_hash_only() {
     assert_eq!(store.count_keys().await.unwrap(), 1);
     assert!(store.delete_key(bed.team.id, row.id).await.unwrap());
     assert_eq!(store.keys_of_team(bed.team.id).await.unwrap(), []);
+}
+
+fn new_snapshot(bed: &Bed, kind: SnapshotKind, name: &str, sandbox: SandboxId) -> NewSnapshot {
+    NewSnapshot {
+        team: bed.team.id,
+        kind,
+        name: name.into(),
+        sandbox,
+        host_snapshot: "aa".repeat(32),
+        shape: Shape::DEFAULT,
+        disk_mib: 2048,
+        size_bytes: 8 << 20,
+        envd_version: "0.6.13".into(),
+    }
+}
+
+#[tokio::test]
+async fn a_snapshots_name_is_one_of_a_kind_until_it_is_deleted() {
+    let bed = bed().await;
+    let (store, team) = (&bed.store, bed.team.id);
+    let sandbox = bed.insert(bed.new_sandbox()).await.id;
+    let template = || new_snapshot(&bed, SnapshotKind::Template, "mine", sandbox);
+    let Named::New(first) = store.insert_snapshot(template(), false, NOW).await.unwrap() else {
+        panic!("the name was free");
+    };
+    let again = store.insert_snapshot(template(), false, NOW).await.unwrap();
+    assert_eq!(again, Named::NameTaken);
+    // A checkpoint's name is its sandbox's, not the team's.
+    let point = new_snapshot(&bed, SnapshotKind::Checkpoint, "mine", sandbox);
+    let stored = store.insert_snapshot(point, false, NOW).await.unwrap();
+    assert!(matches!(stored, Named::New(_)));
+    assert_eq!(store.checkpoints(sandbox).await.unwrap().len(), 1);
+
+    let Named::New(second) = store.insert_snapshot(template(), true, NOW).await.unwrap() else {
+        panic!("it was to be overwritten");
+    };
+    let named = store.template_snapshot(team, "mine").await.unwrap();
+    assert_eq!(named, Some(second.clone()));
+    // All three are one for the host, which must keep it for the two that are there.
+    assert_eq!(store.deleted_snapshots().await.unwrap(), [(first.id, None)]);
+    store.forget_snapshot(first.id).await.unwrap();
+    assert!(store.delete_snapshot(second.id, NOW).await.unwrap());
+    assert!(!store.delete_snapshot(second.id, NOW).await.unwrap());
+    assert_eq!(store.template_snapshot(team, "mine").await.unwrap(), None);
+    assert_eq!(store.template_snapshots(team).await.unwrap(), []);
+    // What is not deleted is not forgotten.
+    let point = store.checkpoints(sandbox).await.unwrap().remove(0);
+    store.forget_snapshot(point.id).await.unwrap();
+    assert_eq!(store.checkpoints(sandbox).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn checkpoints_end_with_their_sandbox_and_the_host_is_told_once() {
+    let bed = bed().await;
+    let store = &bed.store;
+    let row = bed.insert(bed.new_sandbox()).await;
+    let point = new_snapshot(&bed, SnapshotKind::Checkpoint, "before", row.id);
+    store.insert_snapshot(point, false, NOW).await.unwrap();
+    assert_eq!(store.delete_orphaned_checkpoints(NOW).await.unwrap(), 0);
+    let change = Change::default();
+    let ended = store.change_state(&row, SandboxState::Stopped, change, NOW);
+    ended.await.unwrap().unwrap();
+    assert_eq!(store.delete_orphaned_checkpoints(NOW).await.unwrap(), 1);
+    let deleted = store.deleted_snapshots().await.unwrap();
+    assert_eq!(deleted.len(), 1);
+    assert_eq!(deleted[0].1, Some("aa".repeat(32)));
 }

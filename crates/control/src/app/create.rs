@@ -10,7 +10,7 @@ use wrenn_types::{SandboxId, SandboxState, Shape, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
 use super::sandboxes::{Sandbox, finish, lifetime, options, started, wrong_state};
-use super::{App, Code, Failure};
+use super::{App, Code, DEFAULT_TEMPLATE, Failure, template_name};
 use crate::host::HostSandbox;
 
 /// A restore takes a fraction of a second; a machine of a new shape has to be booted first, which
@@ -47,7 +47,19 @@ pub(crate) struct CreateSpec {
     pub(crate) clock: Clock,
     pub(crate) secure: bool,
     pub(crate) allow_internet: bool,
+    /// When its time is over it is paused, not ended.
+    pub(crate) pause_at_end: bool,
+    /// While it is paused, traffic resumes it.
+    pub(crate) auto_resume: bool,
     pub(crate) idempotency: Option<(String, RequestHash)>,
+}
+
+/// What a creation comes to.
+struct Plan {
+    template: String,
+    shape: Shape,
+    /// The host's name of the snapshot to start from, if it is not an image's template.
+    snapshot: Option<String>,
 }
 
 /// A sandbox that was created, now or by the same request before.
@@ -69,32 +81,61 @@ impl App {
             return Ok(known);
         }
         check_envs(&spec.envs)?;
+        let plan = self.plan(team, &spec).await?;
+        let app = Arc::clone(self);
+        finish(tokio::spawn(
+            async move { app.bring_up(team, plan, spec).await },
+        ))
+        .await
+    }
+
+    /// What a request comes to: which template or snapshot, and of which shape.
+    async fn plan(&self, team: TeamId, spec: &CreateSpec) -> Result<Plan, Failure> {
+        let asked = |own: Shape| {
+            (
+                spec.vcpus.unwrap_or(i64::from(own.vcpus.0)),
+                spec.memory_mib.unwrap_or(i64::from(own.memory.0)),
+            )
+        };
+        let name = template_name(spec.template.as_deref().unwrap_or(DEFAULT_TEMPLATE));
+        if let Some(snapshot) = self.store.template_snapshot(team, name).await? {
+            let has = snapshot.shape;
+            let (vcpus, memory) = asked(has);
+            if (vcpus, memory) != (i64::from(has.vcpus.0), i64::from(has.memory.0)) {
+                return Err(Failure::invalid(format!(
+                    "the snapshot `{name}` has {has}, and a sandbox made from it cannot have {vcpus} vCPUs and {memory} MiB: leave both out, or start from an image's template"
+                )));
+            }
+            return Ok(Plan {
+                template: snapshot.name,
+                shape: has,
+                snapshot: Some(snapshot.host_snapshot),
+            });
+        }
         let template = self.template(spec.template.as_deref()).await?;
+        let (vcpus, memory) = asked(template.shape);
         let shape = template
             .limits
-            .check(
-                Some(spec.vcpus.unwrap_or(i64::from(template.shape.vcpus.0))),
-                Some(
-                    spec.memory_mib
-                        .unwrap_or(i64::from(template.shape.memory.0)),
-                ),
-            )
+            .check(Some(vcpus), Some(memory))
             .map_err(|e| Failure::invalid(e.to_string()))?;
-        let app = Arc::clone(self);
-        let name = template.name;
-        finish(tokio::spawn(async move {
-            app.bring_up(team, name, shape, spec).await
-        }))
-        .await
+        Ok(Plan {
+            template: template.name,
+            shape,
+            snapshot: None,
+        })
     }
 
     async fn bring_up(
         &self,
         team: TeamId,
-        template: String,
-        shape: Shape,
+        plan: Plan,
         spec: CreateSpec,
     ) -> Result<Created, Failure> {
+        let Plan {
+            template,
+            shape,
+            snapshot,
+        } = plan;
         let begun = Instant::now();
         let now = Timestamp::now();
         let id = SandboxId::new();
@@ -113,6 +154,8 @@ impl App {
             end_at,
             secure: spec.secure,
             allow_internet: spec.allow_internet,
+            pause_at_end: spec.pause_at_end,
+            auto_resume: spec.auto_resume,
             idempotency: spec.idempotency.clone(),
         };
         let row = match self.store.insert_sandbox(new, now).await? {
@@ -136,6 +179,9 @@ impl App {
             lifetime: lifetime(idle_timeout_secs, end_at).into(),
             allow_internet: spec.allow_internet,
             secure: spec.secure,
+            snapshot_id: snapshot.unwrap_or_default(),
+            pause_at_end: spec.pause_at_end,
+            auto_resume: spec.auto_resume,
             ..Default::default()
         };
         let asked = self
@@ -189,7 +235,7 @@ impl App {
     }
 
     /// Writes down that a sandbox could not be made, and makes sure that nothing of it is left.
-    async fn give_up(&self, row: &SandboxRow, error: ConnectError) -> Failure {
+    pub(super) async fn give_up(&self, row: &SandboxRow, error: ConnectError) -> Failure {
         let refused = matches!(
             error.code,
             ErrorCode::InvalidArgument

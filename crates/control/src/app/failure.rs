@@ -19,6 +19,10 @@ pub enum Code {
     MethodNotAllowed,
     /// It contradicts something that is there.
     Conflict,
+    /// Another template has the name.
+    TemplateNameTaken,
+    /// The name belongs to an image's template.
+    NameReserved,
     /// Not in the state the sandbox is in.
     InvalidState,
     /// The body is larger than allowed.
@@ -47,6 +51,8 @@ impl Code {
             Code::NotFound => "not_found",
             Code::MethodNotAllowed => "method_not_allowed",
             Code::Conflict => "conflict",
+            Code::TemplateNameTaken => "template_name_taken",
+            Code::NameReserved => "name_reserved",
             Code::InvalidState => "invalid_state",
             Code::TooLarge => "too_large",
             Code::InternalError => "internal_error",
@@ -66,7 +72,9 @@ impl Code {
             Code::Forbidden => 403,
             Code::NotFound => 404,
             Code::MethodNotAllowed => 405,
-            Code::Conflict | Code::InvalidState => 409,
+            Code::Conflict | Code::TemplateNameTaken | Code::NameReserved | Code::InvalidState => {
+                409
+            }
             Code::TooLarge => 413,
             Code::InternalError => 500,
             Code::NotImplemented => 501,

@@ -7,6 +7,7 @@ mod files;
 mod info;
 mod keys;
 mod sandboxes;
+mod snapshots;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,6 +25,7 @@ pub(crate) use files::Upload;
 pub(crate) use info::{DEFAULT_TEMPLATE, template_name};
 pub(crate) use keys::NewApiKey;
 pub(crate) use sandboxes::{Destroyed, Sandbox};
+pub(crate) use snapshots::{Certificate, Moved};
 
 use crate::ControlConfig;
 use crate::host::{HostClient, HostInfo};

@@ -138,7 +138,8 @@ impl App {
             _ => Change::default(),
         };
         change.reason = reason;
-        if state.is_final() {
+        // No connection lasts across a pause (G26).
+        if state.is_final() || state == SandboxState::Paused {
             self.proxy.forget(row.id);
         }
         let moved = self

@@ -47,6 +47,10 @@ pub struct Sim {
     pub broken: Mutex<Option<String>>,
     /// Destroys fail from now on.
     pub stuck: AtomicBool,
+    /// Pauses and resumes fail from now on, and leave the sandbox as it is.
+    pub cannot_move: AtomicBool,
+    /// Snapshots that are kept.
+    pub snapshots: Mutex<BTreeMap<String, Snapshot>>,
     /// A create takes this long.
     pub delay: Mutex<Duration>,
 }
@@ -60,6 +64,25 @@ impl Sim {
         all.get(id)
             .cloned()
             .ok_or_else(|| ConnectError::not_found(format!("there is no sandbox {id}")))
+    }
+
+    /// Moves a sandbox on, after the usual delay.
+    async fn become_(&self, id: &str, from: &str, to: &str) -> Result<Sandbox, ConnectError> {
+        let delay = *self.delay.lock().unwrap();
+        tokio::time::sleep(delay).await;
+        if self.cannot_move.load(Ordering::SeqCst) {
+            return Err(ConnectError::internal("the disk is full"));
+        }
+        let mut all = self.sandboxes.lock().unwrap();
+        let sandbox = all
+            .get_mut(id)
+            .ok_or_else(|| ConnectError::not_found(format!("there is no sandbox {id}")))?;
+        if sandbox.state != from {
+            let message = format!("it is {}, not {from}", sandbox.state);
+            return Err(ConnectError::failed_precondition(message));
+        }
+        sandbox.state = to.to_owned();
+        Ok(sandbox.clone())
     }
 
     /// The machine ends by itself and is listed as such.
@@ -291,6 +314,163 @@ impl HostService for Service {
             .unwrap()
             .insert(request.sandbox_id, sandbox.clone());
         Response::ok(SetLifetimeResponse {
+            sandbox: sandbox.into(),
+            ..Default::default()
+        })
+    }
+
+    async fn pause_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PauseSandboxRequest>,
+    ) -> ServiceResult<PauseSandboxResponse> {
+        let id = request.to_owned_message().sandbox_id;
+        let sandbox = self.0.become_(&id, "running", "paused").await?;
+        Response::ok(PauseSandboxResponse {
+            sandbox: sandbox.into(),
+            paused_now: true,
+            ..Default::default()
+        })
+    }
+
+    async fn resume_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ResumeSandboxRequest>,
+    ) -> ServiceResult<ResumeSandboxResponse> {
+        let request = request.to_owned_message();
+        let mut sandbox = self
+            .0
+            .become_(&request.sandbox_id, "paused", "running")
+            .await?;
+        sandbox.generation += 1;
+        if let Some(lifetime) = request.lifetime.into_option() {
+            sandbox.lifetime = lifetime.into();
+        }
+        let mut all = self.0.sandboxes.lock().unwrap();
+        all.insert(request.sandbox_id, sandbox.clone());
+        Response::ok(ResumeSandboxResponse {
+            resumed_now: true,
+            certificate: RestoreCertificate {
+                generation: sandbox.generation,
+                entropy_reseeded: true,
+                ..Default::default()
+            }
+            .into(),
+            sandbox: sandbox.into(),
+            ..Default::default()
+        })
+    }
+
+    async fn create_snapshot<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, CreateSnapshotRequest>,
+    ) -> ServiceResult<CreateSnapshotResponse> {
+        let request = request.to_owned_message();
+        let sandbox = self.0.get(&request.sandbox_id)?;
+        let number = self.0.next_pid.fetch_add(1, Ordering::SeqCst);
+        let snapshot = Snapshot {
+            snapshot_id: format!("{number:064x}"),
+            name: request.name,
+            sandbox_id: request.sandbox_id,
+            vcpus: sandbox.vcpus,
+            memory_mib: sandbox.memory_mib,
+            disk_mib: sandbox.disk_mib,
+            envd_version: sandbox.envd_version,
+            ..Default::default()
+        };
+        let mut kept = self.0.snapshots.lock().unwrap();
+        kept.insert(snapshot.snapshot_id.clone(), snapshot.clone());
+        Response::ok(CreateSnapshotResponse {
+            snapshot: snapshot.into(),
+            ..Default::default()
+        })
+    }
+
+    async fn list_snapshots<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListSnapshotsRequest>,
+    ) -> ServiceResult<ListSnapshotsResponse> {
+        Response::ok(ListSnapshotsResponse {
+            snapshots: self.0.snapshots.lock().unwrap().values().cloned().collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn delete_snapshot<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, DeleteSnapshotRequest>,
+    ) -> ServiceResult<DeleteSnapshotResponse> {
+        let id = request.to_owned_message().snapshot_id;
+        match self.0.snapshots.lock().unwrap().remove(&id) {
+            Some(_) => Response::ok(DeleteSnapshotResponse::default()),
+            None => Err(ConnectError::not_found(format!("no snapshot {id}"))),
+        }
+    }
+
+    async fn fork_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ForkSandboxRequest>,
+    ) -> ServiceResult<ForkSandboxResponse> {
+        let request = request.to_owned_message();
+        let parent = self.0.get(&request.sandbox_id)?;
+        let mut children = Vec::new();
+        for (n, id) in request.child_ids.iter().enumerate() {
+            let mut child = ForkedChild {
+                sandbox_id: id.clone(),
+                ..Default::default()
+            };
+            // The third of each fork finds no room.
+            if n == 2 {
+                child.error = "no room".into();
+            } else {
+                let born = Sandbox {
+                    sandbox_id: id.clone(),
+                    state: "running".into(),
+                    lifetime: request.lifetime.clone(),
+                    ..parent.clone()
+                };
+                self.0
+                    .sandboxes
+                    .lock()
+                    .unwrap()
+                    .insert(id.clone(), born.clone());
+                child.sandbox = born.into();
+            }
+            children.push(child);
+        }
+        Response::ok(ForkSandboxResponse {
+            children,
+            ..Default::default()
+        })
+    }
+
+    async fn rollback_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, RollbackSandboxRequest>,
+    ) -> ServiceResult<RollbackSandboxResponse> {
+        let request = request.to_owned_message();
+        let mut sandbox = self.0.get(&request.sandbox_id)?;
+        let kept = self
+            .0
+            .snapshots
+            .lock()
+            .unwrap()
+            .get(&request.snapshot_id)
+            .cloned();
+        if kept.is_none_or(|kept| kept.sandbox_id != request.sandbox_id) {
+            return Err(ConnectError::not_found("not a snapshot of this sandbox"));
+        }
+        sandbox.state = "running".into();
+        sandbox.generation += 1;
+        let mut all = self.0.sandboxes.lock().unwrap();
+        all.insert(request.sandbox_id, sandbox.clone());
+        Response::ok(RollbackSandboxResponse {
             sandbox: sandbox.into(),
             ..Default::default()
         })

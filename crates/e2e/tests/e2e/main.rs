@@ -24,6 +24,7 @@ mod leaks;
 mod lifetime;
 mod sandboxes;
 mod server;
+mod snapshots;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -66,6 +67,10 @@ fn shared() -> Vec<(&'static str, Shared)> {
             g33_the_hosts_routes_are_closed_from_inside,
             g25_a_freeze_stops_users_programs_and_a_thaw_lets_them_go_on,
             g34_a_crash_of_the_agent_ends_no_program;
+        snapshots: g12_g13_a_working_guest_goes_on_through_pauses,
+            g23_forks_share_their_past_and_nothing_else, a_sandbox_goes_back_to_its_checkpoint,
+            a_snapshot_is_a_template_and_outlives_its_sandbox,
+            g09_time_pauses_where_asked_and_traffic_wakes;
         e2b: the_published_python_client_works, the_published_node_client_works;
     }
 }
@@ -79,6 +84,8 @@ fn exclusive() -> Vec<(&'static str, Exclusive)> {
         images: list_inspect_and_verify_tell_the_truth, g16_a_damaged_image_is_named_and_not_started,
             an_unknown_image_is_named;
         leaks: g07_cycles_leave_nothing;
+        snapshots: g02_g04_paused_sandboxes_outlive_the_server,
+            g16_a_damaged_snapshot_is_named_and_not_started;
         server: g02_ctrl_c_leaves_sandboxes_to_the_next_server, g02_sigkill_loses_no_sandbox,
             g06_a_machine_that_dies_is_noticed, down_destroy_ends_everything, doctor_says_what_this_host_can_do;
     }

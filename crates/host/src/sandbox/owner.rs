@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot, watch};
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{SandboxId, SandboxState};
-use wrenn_vmm::ExitReason;
+use wrenn_vmm::{ExitReason, RunState};
 
 use super::handle::{
     About, Answer, Certificate, Handle, Live, Request, Resumed, SharedLive, View, set_live,
@@ -31,7 +31,7 @@ use crate::lifetime::Lifetime;
 use crate::machine::{LiveMachine, Phases, Site};
 use crate::pool::Pool;
 use crate::sandbox::handle::PauseDone;
-use crate::snapshots::Snapshots;
+use crate::snapshots::{Snapshots, go_on, thaw};
 use crate::template::TemplateStore;
 
 /// What of the console goes into the reason when a machine dies.
@@ -150,7 +150,13 @@ impl Owner {
         machine
             .guest
             .set_token(Some(token.unwrap_or_else(|| machine.host_token())));
-        crate::snapshots::thaw(&machine).await;
+        if *machine.vm.run_state().borrow() == RunState::Stopped {
+            thaw(&machine).await;
+        } else {
+            // It may have been quieted and not stopped. Nobody waits for a guest that hangs.
+            let guest = machine.guest.clone();
+            tokio::spawn(async move { go_on(&guest).await });
+        }
         let certificate = Certificate {
             generation: machine.record.generation,
             restored: Restored::default(),

@@ -14,7 +14,7 @@ mod pages;
 mod save;
 
 pub use pages::{SnapshotPages, TemplateBase};
-pub use save::{Saver, Then, thaw};
+pub use save::{Saver, Then, go_on, thaw};
 
 use std::collections::HashSet;
 use std::path::Path;

@@ -25,7 +25,7 @@ use super::{
     firmware_part,
 };
 use crate::activity::unix_ms;
-use crate::guest::chain;
+use crate::guest::{Guest, chain};
 use crate::machine::{LiveMachine, MachineError, Phases, Site};
 use crate::sandbox::{Journal, SandboxError};
 use crate::template::LoadedTemplate;
@@ -207,10 +207,7 @@ impl Saver<'_> {
         phases: &mut Phases,
     ) -> Result<Draft, SandboxError> {
         let mut clock = Instant::now();
-        machine
-            .guest
-            .prepare_snapshot(&machine.host_token())
-            .await?;
+        machine.guest.prepare_snapshot().await?;
         phases.note("quiesce", &mut clock);
         let saved = machine.vm.save_delta().await.map_err(MachineError::from)?;
         phases.note("stop", &mut clock);
@@ -331,14 +328,20 @@ fn commit(
 /// Lets a machine go on that was quieted or stopped. What fails is logged: a machine that
 /// cannot go on has died, which its watcher tells, or is tried again by whoever uses it next.
 pub async fn thaw(machine: &LiveMachine) {
+    match machine.vm.resume().await {
+        Ok(()) => go_on(&machine.guest).await,
+        Err(error) => {
+            tracing::error!(error = %chain(&error), "a machine that was stopped does not run on");
+        }
+    }
+}
+
+/// Has a guest go on that may have been quieted; see [`thaw`].
+pub async fn go_on(guest: &Guest) {
     const ATTEMPTS: u32 = 5;
     const PAUSE: Duration = Duration::from_millis(50);
-    if let Err(error) = machine.vm.resume().await {
-        tracing::error!(error = %chain(&error), "a machine that was stopped does not run on");
-        return;
-    }
     for attempt in 1..=ATTEMPTS {
-        match machine.guest.undo_snapshot(&machine.host_token()).await {
+        match guest.undo_snapshot().await {
             Ok(()) => return,
             Err(error) if attempt == ATTEMPTS => {
                 tracing::error!(error = %chain(&error), "a guest that was quieted was not told to go on");

@@ -205,11 +205,7 @@ async fn save(
     let started = Instant::now();
     warm(&booted.guest, WarmUp::TEMPLATE).await.map_err(guest)?;
     tracing::info!(name, ms = started.elapsed().as_millis(), "warmed");
-    booted
-        .guest
-        .prepare_snapshot(&booted.host_token)
-        .await
-        .map_err(guest)?;
+    booted.guest.prepare_snapshot().await.map_err(guest)?;
     let vmm = |e: VmmError| TemplateError::machine(name, shape, e);
     booted.vm.stop().await.map_err(vmm)?;
     let write = |source| TemplateError::Write {

@@ -2,6 +2,7 @@
 
 mod model;
 mod sandboxes;
+mod snapshots;
 mod unsupported;
 
 use std::sync::Arc;
@@ -24,4 +25,10 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sandboxes::set_timeout))
         .routes(routes!(sandboxes::refresh))
         .routes(routes!(sandboxes::logs))
+        .routes(routes!(snapshots::pause))
+        .routes(routes!(snapshots::resume))
+        .routes(routes!(snapshots::fork))
+        .routes(routes!(snapshots::create))
+        .routes(routes!(snapshots::list))
+        .routes(routes!(snapshots::delete))
 }

@@ -31,17 +31,24 @@ pub(crate) struct NewSandbox {
     pub(super) allow_internet_access: Option<bool>,
     pub(super) metadata: Option<BTreeMap<String, String>>,
     pub(super) env_vars: Option<BTreeMap<String, String>>,
-    /// Only `false` is offered.
-    auto_pause: Option<bool>,
+    /// When its time is over it is paused, not ended.
+    pub(super) auto_pause: Option<bool>,
+    /// Only `true` is offered.
     auto_pause_memory: Option<bool>,
-    #[schema(value_type = Option<Object>)]
-    auto_resume: Option<Value>,
+    pub(super) auto_resume: Option<AutoResume>,
     #[schema(value_type = Option<Object>)]
     network: Option<Value>,
     /// What this server does not know: refused by name, unless it asks for nothing.
     #[serde(flatten)]
     #[schema(ignore)]
     rest: BTreeMap<String, Value>,
+}
+
+/// Whether traffic resumes it while it is paused.
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = E2bAutoResume)]
+pub(crate) struct AutoResume {
+    pub(super) enabled: bool,
 }
 
 /// Whether a value asks for something at all.
@@ -59,14 +66,8 @@ impl NewSandbox {
     /// Refuses by name what this server does not offer.
     pub(super) fn check(&self) -> Result<(), Failure> {
         let mut wanted: Vec<String> = Vec::new();
-        if self.auto_pause == Some(true) {
-            wanted.push("autoPause".to_owned());
-        }
         if self.auto_pause_memory == Some(false) {
             wanted.push("autoPauseMemory".to_owned());
-        }
-        if self.auto_resume.as_ref().is_some_and(asks) {
-            wanted.push("autoResume".to_owned());
         }
         match &self.network {
             Some(Value::Object(fields)) => {
@@ -246,8 +247,12 @@ impl SandboxDetail {
             allow_internet_access: sandbox.row.allow_internet,
             domain: domain(config),
             lifecycle: Lifecycle {
-                auto_resume: false,
-                on_timeout: "kill",
+                auto_resume: sandbox.row.auto_resume,
+                on_timeout: if sandbox.row.pause_at_end {
+                    "pause"
+                } else {
+                    "kill"
+                },
             },
         })
     }
@@ -258,10 +263,8 @@ impl SandboxDetail {
 pub(crate) struct Connect {
     /// Seconds from now until it ends, if that is later than it would.
     pub(super) timeout: Option<i64>,
-    /// Whether memory is kept; only a paused sandbox could lose it.
-    #[serde(default)]
-    #[allow(dead_code, reason = "a running sandbox keeps its memory either way")]
-    memory: Option<bool>,
+    /// Whether a paused one's memory is kept; only `true` is offered.
+    pub(super) memory: Option<bool>,
 }
 
 /// Until when.

@@ -24,14 +24,14 @@ use crate::http::native::MAX_TIMEOUT_SECS;
 use crate::http::timing::{SERVER_TIMING, server_timing};
 
 /// Seconds a sandbox lives where nothing is said.
-const DEFAULT_TIMEOUT_V1: i64 = 15;
+pub(super) const DEFAULT_TIMEOUT_V1: i64 = 15;
 const DEFAULT_TIMEOUT_V2: i64 = 300;
 
 /// Most of what labels may hold, names and values together.
 const MAX_METADATA_BYTES: usize = 16 * 1024;
 
 const LIMIT: u64 = 100;
-const NEXT_TOKEN: HeaderName = HeaderName::from_static("x-next-token");
+pub(super) const NEXT_TOKEN: HeaderName = HeaderName::from_static("x-next-token");
 const TOTAL_RUNNING: HeaderName = HeaderName::from_static("x-total-running");
 
 /// The states these clients know.
@@ -43,7 +43,7 @@ fn visible() -> Vec<SandboxState> {
         .collect()
 }
 
-fn gone(text: &str) -> E2bError {
+pub(super) fn gone(text: &str) -> E2bError {
     let text: String = text.chars().take(80).collect();
     E2bError(Failure::not_found(format!(
         "sandbox \"{text}\" doesn't exist or you don't have access to it"
@@ -51,7 +51,7 @@ fn gone(text: &str) -> E2bError {
 }
 
 /// The sandbox in the path. What cannot be an id names nothing, and these clients ask for a 404 then.
-pub(super) struct Id(SandboxId);
+pub(super) struct Id(pub(super) SandboxId);
 
 impl<S: Send + Sync> FromRequestParts<S> for Id {
     type Rejection = E2bError;
@@ -63,7 +63,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
 }
 
 /// A body, with errors in E2B's form.
-pub(super) struct Body<T>(T, RequestHash);
+pub(super) struct Body<T>(pub(super) T, pub(super) RequestHash);
 
 impl<S: Send + Sync, T: serde::de::DeserializeOwned> axum::extract::FromRequest<S> for Body<T> {
     type Rejection = E2bError;
@@ -75,7 +75,7 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> axum::extract::FromRequest<
 }
 
 /// Seconds until the end. Zero is for those who may end a sandbox that way.
-fn seconds(given: i64, least: i64) -> Result<u32, Failure> {
+pub(super) fn seconds(given: i64, least: i64) -> Result<u32, Failure> {
     if given < least {
         return Err(Failure::invalid(if least > 0 {
             "Timeout must be greater than 0".to_owned()
@@ -120,6 +120,8 @@ async fn create(
         clock: Clock::Absolute(timeout),
         secure,
         allow_internet: body.allow_internet_access.unwrap_or(true),
+        pause_at_end: body.auto_pause.unwrap_or(false),
+        auto_resume: body.auto_resume.is_some_and(|resume| resume.enabled),
         idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
     };
     let created = app.create(principal.team, spec).await?;
@@ -177,7 +179,7 @@ pub(super) async fn create_v2(
 }
 
 /// What these clients call: there or not. A sandbox that is being ended is not.
-fn as_missing(id: SandboxId, failure: Failure) -> E2bError {
+pub(super) fn as_missing(id: SandboxId, failure: Failure) -> E2bError {
     match failure.code {
         Code::NotFound | Code::InvalidState => gone(&id.to_string()),
         _ => failure.into(),
@@ -188,14 +190,31 @@ async fn connect(
     app: Arc<App>,
     principal: Principal,
     id: SandboxId,
-    timeout: i64,
-) -> Result<axum::Json<SandboxModel>, E2bError> {
-    let secs = seconds(timeout, 1)?;
-    let sandbox = app
-        .set_end(principal.team, id, secs, true)
+    body: Connect,
+    default_timeout: i64,
+) -> Result<Response, E2bError> {
+    keeps_memory(body.memory)?;
+    let secs = seconds(body.timeout.unwrap_or(default_timeout), 1)?;
+    let moved = app
+        .resume(principal.team, id, Some(secs))
         .await
         .map_err(|e| as_missing(id, e))?;
-    Ok(axum::Json(SandboxModel::new(&app.config, sandbox)))
+    let status = match moved.now {
+        true => StatusCode::CREATED,
+        false => StatusCode::OK,
+    };
+    let model = SandboxModel::new(&app.config, moved.sandbox);
+    Ok((status, axum::Json(model)).into_response())
+}
+
+/// Refuses what would save or restore a disk without its memory.
+pub(super) fn keeps_memory(memory: Option<bool>) -> Result<(), Failure> {
+    match memory {
+        Some(false) => Err(Failure::invalid(
+            "not offered by this server: memory=false (a snapshot of the disk alone)",
+        )),
+        Some(true) | None => Ok(()),
+    }
 }
 
 /// Connect to a sandbox
@@ -203,7 +222,8 @@ async fn connect(
     post, path = "/sandboxes/{id}/connect", tag = "e2b", request_body = Connect,
     params(("id" = String, Path)),
     responses(
-        (status = 200, body = SandboxModel, description = "It runs, and not less long than before"),
+        (status = 200, body = SandboxModel, description = "It ran, and does so not less long than before"),
+        (status = 201, body = SandboxModel, description = "It was paused and runs again"),
         (status = 400, body = E2bErrorBody, description = "Malformed"),
         (status = 401, body = E2bErrorBody, description = "No valid key"),
         (status = 404, body = E2bErrorBody, description = "No such sandbox"),
@@ -214,14 +234,8 @@ pub(super) async fn connect_v1(
     principal: Principal,
     Id(id): Id,
     Body(body, _): Body<Connect>,
-) -> Result<axum::Json<SandboxModel>, E2bError> {
-    connect(
-        app,
-        principal,
-        id,
-        body.timeout.unwrap_or(DEFAULT_TIMEOUT_V1),
-    )
-    .await
+) -> Result<Response, E2bError> {
+    connect(app, principal, id, body, DEFAULT_TIMEOUT_V1).await
 }
 
 /// Connect to a sandbox (version 2)
@@ -229,7 +243,8 @@ pub(super) async fn connect_v1(
     post, path = "/v2/sandboxes/{id}/connect", tag = "e2b", request_body = Connect,
     params(("id" = String, Path)),
     responses(
-        (status = 200, body = SandboxModel, description = "It runs, and not less long than before"),
+        (status = 200, body = SandboxModel, description = "It ran, and does so not less long than before"),
+        (status = 201, body = SandboxModel, description = "It was paused and runs again"),
         (status = 400, body = E2bErrorBody, description = "Malformed"),
         (status = 401, body = E2bErrorBody, description = "No valid key"),
         (status = 404, body = E2bErrorBody, description = "No such sandbox"),
@@ -240,14 +255,8 @@ pub(super) async fn connect_v2(
     principal: Principal,
     Id(id): Id,
     Body(body, _): Body<Connect>,
-) -> Result<axum::Json<SandboxModel>, E2bError> {
-    connect(
-        app,
-        principal,
-        id,
-        body.timeout.unwrap_or(DEFAULT_TIMEOUT_V2),
-    )
-    .await
+) -> Result<Response, E2bError> {
+    connect(app, principal, id, body, DEFAULT_TIMEOUT_V2).await
 }
 
 /// The clients encode names and values once more than the form that holds them.

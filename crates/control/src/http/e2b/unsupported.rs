@@ -10,18 +10,14 @@ use axum::routing::any;
 use crate::app::{App, Code, Failure};
 use crate::http::error::E2bError;
 
-const ROUTES: [&str; 27] = [
+const ROUTES: [&str; 23] = [
     "/sandboxes/metrics",
     "/sandboxes/{id}/metrics",
-    "/sandboxes/{id}/pause",
-    "/sandboxes/{id}/resume",
-    "/sandboxes/{id}/fork",
-    "/sandboxes/{id}/snapshots",
     "/sandboxes/{id}/network",
     "/v2/sandboxes/{id}/logs",
-    "/snapshots",
     "/templates",
-    "/templates/{*rest}",
+    "/templates/tags",
+    "/templates/{template}/{*rest}",
     "/v2/templates",
     "/v2/templates/{*rest}",
     "/v3/templates",

@@ -7,6 +7,7 @@ mod messages;
 mod processes;
 mod pty;
 mod sandboxes;
+mod snapshots;
 mod socket;
 mod stream;
 mod system;
@@ -25,6 +26,13 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sandboxes::get, sandboxes::destroy))
         .routes(routes!(sandboxes::ping))
         .routes(routes!(sandboxes::logs))
+        .routes(routes!(snapshots::pause))
+        .routes(routes!(snapshots::resume))
+        .routes(routes!(snapshots::fork))
+        .routes(routes!(snapshots::checkpoint, snapshots::checkpoints))
+        .routes(routes!(snapshots::rollback))
+        .routes(routes!(snapshots::create, snapshots::list))
+        .routes(routes!(snapshots::delete))
         .routes(routes!(exec::exec))
         .routes(routes!(processes::list))
         .routes(routes!(processes::kill))

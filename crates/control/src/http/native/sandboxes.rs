@@ -13,7 +13,7 @@ use wrenn_store::{Page, SandboxFilter};
 use wrenn_types::{SandboxId, SandboxState};
 
 use super::ErrorBody;
-use crate::app::{App, Clock, Code, CreateSpec, Failure, Sandbox};
+use crate::app::{App, Clock, CreateSpec, Failure, Sandbox};
 use crate::auth::Principal;
 use crate::http::ApiError;
 use crate::http::extract::{Id, Json, Query, check_metadata, idempotency_key};
@@ -53,9 +53,11 @@ pub(crate) struct CreateSandbox {
     /// Environment of every program in it.
     #[serde(alias = "envs")]
     env: Option<BTreeMap<String, String>>,
-    /// What happens when `timeout_sec` is over; only `kill` is offered so far.
+    /// What happens when `timeout_sec` is over: `kill`, the default, or `pause`.
     #[schema(example = "kill")]
     on_timeout: Option<String>,
+    /// While it is paused, traffic to one of its ports resumes it; no by default.
+    auto_resume: Option<bool>,
     /// What it may reach.
     network: Option<Network>,
 }
@@ -101,6 +103,8 @@ pub(crate) struct SandboxBody {
     #[schema(format = DateTime)]
     #[serde(skip_serializing_if = "Option::is_none")]
     stopped_at: Option<String>,
+    /// What happens when its time is over: `kill` or `pause`.
+    on_timeout: &'static str,
     metadata: BTreeMap<String, String>,
 }
 
@@ -122,6 +126,7 @@ impl From<Sandbox> for SandboxBody {
             last_active_at: last_active.map(|t| t.to_string()),
             last_updated: row.updated_at.to_string(),
             stopped_at: row.stopped_at.map(|t| t.to_string()),
+            on_timeout: if row.pause_at_end { "pause" } else { "kill" },
             metadata: row.metadata,
         }
     }
@@ -136,21 +141,16 @@ fn spec(body: CreateSandbox) -> Result<CreateSpec, Failure> {
             )));
         }
     };
-    match body.on_timeout.as_deref() {
-        None | Some("kill") => {}
-        Some("pause") => {
-            return Err(Failure::new(
-                Code::NotImplemented,
-                "`on_timeout: pause` is not offered by this server; use `kill`",
-            ));
-        }
+    let pause_at_end = match body.on_timeout.as_deref() {
+        None | Some("kill") => false,
+        Some("pause") => true,
         Some(other) => {
             let other: String = other.chars().take(40).collect();
             return Err(Failure::invalid(format!(
                 "`on_timeout` must be `pause` or `kill`, not `{other}`"
             )));
         }
-    }
+    };
     let metadata = body.metadata.unwrap_or_default();
     check_metadata(&metadata, MAX_METADATA, MAX_METADATA_VALUE)?;
     Ok(CreateSpec {
@@ -162,6 +162,8 @@ fn spec(body: CreateSandbox) -> Result<CreateSpec, Failure> {
         clock: Clock::Idle(idle),
         secure: true,
         allow_internet: body.network.and_then(|n| n.allow_internet).unwrap_or(true),
+        pause_at_end,
+        auto_resume: body.auto_resume.unwrap_or(false),
         idempotency: None,
     })
 }

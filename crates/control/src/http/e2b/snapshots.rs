@@ -1,0 +1,295 @@
+//! Pausing and resuming, forks and snapshots, in E2B's words. A snapshot's id is the name of
+//! the template it is.
+
+use std::sync::Arc;
+
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use wrenn_store::{SnapshotKind, SnapshotRow};
+use wrenn_types::SandboxId;
+
+use super::model::{E2bErrorBody, SandboxModel};
+use super::sandboxes::{
+    Body, DEFAULT_TIMEOUT_V1, Id, NEXT_TOKEN, as_missing, keeps_memory, seconds,
+};
+use crate::app::{App, Code, Failure};
+use crate::auth::Principal;
+use crate::http::error::E2bError;
+use crate::http::extract::Query;
+
+/// Most children of one fork.
+const MAX_CHILDREN: i64 = 100;
+/// Entries of a page of snapshots.
+const LIMIT: u64 = 100;
+
+/// A sandbox in another state is a conflict where these clients know of one.
+fn as_conflict(id: SandboxId, failure: Failure, state: &str) -> E2bError {
+    let is = failure
+        .details
+        .get("state")
+        .and_then(|state| state.as_str());
+    match failure.code {
+        Code::InvalidState if is == Some(state) => failure.into(),
+        _ => as_missing(id, failure),
+    }
+}
+
+/// How to pause.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[schema(as = E2bPause)]
+pub(crate) struct Pause {
+    /// Only `true` is offered.
+    memory: Option<bool>,
+}
+
+/// Pause a sandbox
+#[utoipa::path(
+    post, path = "/sandboxes/{id}/pause", tag = "e2b", request_body = Pause,
+    params(("id" = String, Path)),
+    responses(
+        (status = 204, description = "It is paused"),
+        (status = 400, body = E2bErrorBody, description = "An option that is not offered"),
+        (status = 401, body = E2bErrorBody, description = "No valid key"),
+        (status = 404, body = E2bErrorBody, description = "No such sandbox"),
+        (status = 409, body = E2bErrorBody, description = "It was paused"),
+    )
+)]
+pub(super) async fn pause(
+    State(app): State<Arc<App>>,
+    principal: Principal,
+    Id(id): Id,
+    Body(body, _): Body<Pause>,
+) -> Result<StatusCode, E2bError> {
+    keeps_memory(body.memory)?;
+    let paused = app.pause(principal.team, id).await;
+    paused.map_err(|e| as_conflict(id, e, "paused"))?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// How to resume.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[schema(as = E2bResume)]
+pub(crate) struct Resume {
+    /// Seconds from now until it ends.
+    timeout: Option<i64>,
+}
+
+/// Resume a sandbox
+#[utoipa::path(
+    post, path = "/sandboxes/{id}/resume", tag = "e2b", request_body = Resume,
+    params(("id" = String, Path)),
+    responses(
+        (status = 201, body = SandboxModel, description = "It runs"),
+        (status = 400, body = E2bErrorBody, description = "Malformed"),
+        (status = 401, body = E2bErrorBody, description = "No valid key"),
+        (status = 404, body = E2bErrorBody, description = "No such sandbox"),
+        (status = 409, body = E2bErrorBody, description = "It ran"),
+    )
+)]
+pub(super) async fn resume(
+    State(app): State<Arc<App>>,
+    principal: Principal,
+    Id(id): Id,
+    Body(body, _): Body<Resume>,
+) -> Result<Response, E2bError> {
+    let secs = seconds(body.timeout.unwrap_or(DEFAULT_TIMEOUT_V1), 1)?;
+    let moved = app.resume(principal.team, id, Some(secs)).await;
+    let moved = moved.map_err(|e| as_missing(id, e))?;
+    if !moved.now {
+        let message = format!("sandbox {id} is already running");
+        return Err(Failure::new(Code::Conflict, message).into());
+    }
+    let model = SandboxModel::new(&app.config, moved.sandbox);
+    Ok((StatusCode::CREATED, axum::Json(model)).into_response())
+}
+
+/// How to fork.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[schema(as = E2bFork)]
+pub(crate) struct Fork {
+    /// Seconds from now until each child ends; 15 by default.
+    timeout: Option<i64>,
+    /// How many children; 1 by default.
+    count: Option<i64>,
+}
+
+/// A child of a fork.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = E2bForked)]
+pub(crate) struct Forked {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sandbox: Option<SandboxModel>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<ForkError>,
+}
+
+/// Why a child could not be started.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = E2bForkError)]
+pub(crate) struct ForkError {
+    code: u16,
+    message: String,
+}
+
+/// Fork a sandbox
+#[utoipa::path(
+    post, path = "/sandboxes/{id}/fork", tag = "e2b", request_body = Fork,
+    params(("id" = String, Path)),
+    responses(
+        (status = 201, body = [Forked], description = "The children"),
+        (status = 400, body = E2bErrorBody, description = "Malformed"),
+        (status = 401, body = E2bErrorBody, description = "No valid key"),
+        (status = 404, body = E2bErrorBody, description = "No such sandbox"),
+        (status = 503, body = E2bErrorBody, description = "No room"),
+    )
+)]
+pub(super) async fn fork(
+    State(app): State<Arc<App>>,
+    principal: Principal,
+    Id(id): Id,
+    Body(body, _): Body<Fork>,
+) -> Result<Response, E2bError> {
+    let secs = seconds(body.timeout.unwrap_or(DEFAULT_TIMEOUT_V1), 1)?;
+    let count = match body.count.unwrap_or(1) {
+        count @ 1..=MAX_CHILDREN => u32::try_from(count).unwrap_or(1),
+        _ => {
+            let message = format!("count must be 1 to {MAX_CHILDREN}");
+            return Err(Failure::invalid(message).into());
+        }
+    };
+    let forked = app.fork(principal.team, id, count, Some(secs)).await;
+    let (children, _) = forked.map_err(|e| as_missing(id, e))?;
+    let child = |child: Result<_, Failure>| match child {
+        Ok((sandbox, _)) => Forked {
+            sandbox: Some(SandboxModel::new(&app.config, sandbox)),
+            error: None,
+        },
+        Err(failure) => Forked {
+            sandbox: None,
+            error: Some(ForkError {
+                code: failure.code.status(),
+                message: failure.message,
+            }),
+        },
+    };
+    let body: Vec<Forked> = children.into_iter().map(child).collect();
+    Ok((StatusCode::CREATED, axum::Json(body)).into_response())
+}
+
+/// How to take a snapshot.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[schema(as = E2bNewSnapshot)]
+pub(crate) struct NewSnapshot {
+    name: Option<String>,
+    /// Only `true` is offered.
+    memory: Option<bool>,
+}
+
+/// A snapshot.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = E2bSnapshot)]
+pub(crate) struct SnapshotInfo {
+    /// What sandboxes are created from, and what is deleted.
+    #[serde(rename = "snapshotID")]
+    snapshot_id: String,
+    names: Vec<String>,
+}
+
+impl From<SnapshotRow> for SnapshotInfo {
+    fn from(row: SnapshotRow) -> Self {
+        SnapshotInfo {
+            names: vec![row.name.clone()],
+            snapshot_id: row.name,
+        }
+    }
+}
+
+/// Take a snapshot of a sandbox, which goes on
+#[utoipa::path(
+    post, path = "/sandboxes/{id}/snapshots", tag = "e2b", request_body = NewSnapshot,
+    params(("id" = String, Path)),
+    responses(
+        (status = 201, body = SnapshotInfo),
+        (status = 400, body = E2bErrorBody, description = "Malformed"),
+        (status = 401, body = E2bErrorBody, description = "No valid key"),
+        (status = 404, body = E2bErrorBody, description = "No such sandbox"),
+        (status = 409, body = E2bErrorBody, description = "The name is reserved"),
+    )
+)]
+pub(super) async fn create(
+    State(app): State<Arc<App>>,
+    principal: Principal,
+    Id(id): Id,
+    Body(body, _): Body<NewSnapshot>,
+) -> Result<Response, E2bError> {
+    keeps_memory(body.memory)?;
+    // A name is a new version of what had it before, as with templates.
+    let kind = SnapshotKind::Template;
+    let taken = app.take_snapshot(principal.team, id, kind, body.name, true);
+    let (row, _) = taken.await.map_err(|e| as_missing(id, e))?;
+    let body = SnapshotInfo::from(row);
+    Ok((StatusCode::CREATED, axum::Json(body)).into_response())
+}
+
+/// List snapshots
+#[utoipa::path(
+    get, path = "/snapshots", tag = "e2b",
+    params(
+        ("sandboxID" = Option<String>, Query, description = "Only of this sandbox"),
+        ("name" = Option<String>, Query, description = "Only of this name"),
+        ("limit" = Option<u32>, Query, description = "1 to 100"),
+        ("nextToken" = Option<String>, Query, description = "What `X-Next-Token` said before"),
+    ),
+    responses(
+        (status = 200, body = [SnapshotInfo], description = "With `X-Next-Token` if there are more"),
+        (status = 401, body = E2bErrorBody, description = "No valid key"),
+    )
+)]
+pub(super) async fn list(
+    State(app): State<Arc<App>>,
+    principal: Principal,
+    query: Query,
+) -> Result<Response, E2bError> {
+    let limit = query.number("limit", 1, LIMIT)?.unwrap_or(LIMIT) as usize;
+    let given = |name| query.get(name).filter(|text: &&str| !text.is_empty());
+    let (of, name, token) = (given("sandboxID"), given("name"), given("nextToken"));
+    let rows = app.store.template_snapshots(principal.team).await;
+    let mut rows = rows.map_err(Failure::from)?;
+    rows.retain(|row| of.is_none_or(|of| row.sandbox.to_string() == of));
+    rows.retain(|row| name.is_none_or(|name| row.name == name));
+    // Newest first, so a page goes on with what is older than the last one of the page before.
+    rows.retain(|row| token.is_none_or(|last| row.id.to_string().as_str() < last));
+    let more = rows.len() > limit;
+    rows.truncate(limit);
+    let last = rows.last().filter(|_| more).map(|row| row.id.to_string());
+    let body: Vec<SnapshotInfo> = rows.into_iter().map(Into::into).collect();
+    let mut response = axum::Json(body).into_response();
+    if let Some(last) = last
+        && let Ok(token) = HeaderValue::from_str(&last)
+    {
+        response.headers_mut().insert(NEXT_TOKEN, token);
+    }
+    Ok(response)
+}
+
+/// Delete a snapshot
+#[utoipa::path(
+    delete, path = "/templates/{template}", tag = "e2b", params(("template" = String, Path)),
+    responses(
+        (status = 204, description = "It is gone; what was made from it lives on"),
+        (status = 401, body = E2bErrorBody, description = "No valid key"),
+        (status = 404, body = E2bErrorBody, description = "No such snapshot"),
+    )
+)]
+pub(super) async fn delete(
+    State(app): State<Arc<App>>,
+    principal: Principal,
+    Path(template): Path<String>,
+) -> Result<StatusCode, E2bError> {
+    let name = crate::app::template_name(&template);
+    app.delete_template(principal.team, name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,388 @@
+//! A sandbox as a value, in real machines: paused and resumed, forked while it runs, gone
+//! back with, kept as a template.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use reqwest::Method;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use wrenn_e2e::{Api, HostState, Server, eventually};
+
+/// Programs of a guest that goes on allocating, freeing and zeroing memory, and after each
+/// round checks by digest all that it holds. Prints a line for each round, `BAD` for damage.
+const WORKLOAD: &str = r#"
+import hashlib, os, random, time
+blocks, sums, round = {}, {}, 0
+rng = random.Random(os.urandom(16))
+while True:
+    round += 1
+    for _ in range(4):
+        n = rng.randrange(32)
+        kind = rng.randrange(4)
+        if kind == 0:
+            blocks.pop(n, None); sums.pop(n, None)
+        elif kind == 1:
+            blocks[n] = bytearray(65536)
+        elif kind == 2:
+            blocks[n] = bytearray(os.urandom(65536))
+        elif n in blocks:
+            at = rng.randrange(0, 61440)
+            blocks[n][at:at + 4096] = bytes(4096)
+        if n in blocks:
+            sums[n] = hashlib.sha256(blocks[n]).hexdigest()
+    good = all(hashlib.sha256(b).hexdigest() == sums[n] for n, b in blocks.items())
+    with open("/home/user/rounds", "a") as f:
+        f.write(f"{round} {'ok' if good else 'BAD'}\n")
+    time.sleep(0.02)
+"#;
+
+async fn verb(api: &Api, id: &str, verb: &str, body: &Value) -> Value {
+    let path = format!("/v1/sandboxes/{id}/{verb}");
+    let answer = api.post(&path, body).await;
+    assert!((200..300).contains(&answer.status), "{}", answer.describe());
+    answer.json()
+}
+
+async fn start_workload(api: &Api, id: &str) {
+    api.write_file(id, "/home/user/work.py", WORKLOAD).await;
+    let body = json!({"cmd": "/usr/bin/python3", "args": ["/home/user/work.py"],
+        "background": true, "tag": "work"});
+    let path = format!("/v1/sandboxes/{id}/exec");
+    api.post(&path, &body).await.expect(202);
+    rounds(api, id, 3).await;
+}
+
+/// Waits until the workload has done at least so many rounds; none of them was bad.
+async fn rounds(api: &Api, id: &str, at_least: usize) -> usize {
+    eventually("the workload goes on", Duration::from_secs(60), || async {
+        let seen = api.shell(id, "cat /home/user/rounds").await;
+        assert!(!seen.contains("BAD"), "memory is damaged:\n{seen}");
+        let last = seen.lines().last()?.split(' ').next()?.parse().ok()?;
+        (last >= at_least).then_some(last)
+    })
+    .await
+}
+
+/// `WRENN_TEST_LONG`: a hundred cycles instead of six.
+fn cycles() -> usize {
+    match std::env::var_os("WRENN_TEST_LONG") {
+        Some(_) => 100,
+        None => 6,
+    }
+}
+
+pub(crate) async fn g12_g13_a_working_guest_goes_on_through_pauses(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    start_workload(&api, &id).await;
+    let boot = api.shell(
+        &id,
+        "cat /proc/sys/kernel/random/boot_id; hostname; cat /etc/machine-id",
+    );
+    let (boot, mut last) = (boot.await, 3);
+    for cycle in 1..=cycles() {
+        let paused = verb(&api, &id, "pause", &json!({})).await;
+        assert_eq!(paused["status"], "paused");
+        assert!(
+            server.machine_folder(&id).is_none(),
+            "a paused sandbox has a machine"
+        );
+        let resumed = verb(&api, &id, "resume", &json!({})).await;
+        let certificate = &resumed["restore_certificate"];
+        assert_eq!(certificate["generation"], cycle + 1, "{resumed}");
+        for done in ["entropy_reseeded", "ids_rotated", "digests_verified"] {
+            assert_eq!(certificate[done], true, "{done}: {resumed}");
+        }
+        // G26: the first request succeeds. The same kernel goes on, under the same names.
+        let now = api.shell(
+            &id,
+            "cat /proc/sys/kernel/random/boot_id; hostname; cat /etc/machine-id",
+        );
+        assert_eq!(now.await, boot);
+        last = rounds(&api, &id, last + 3).await;
+    }
+    // G24: the clock is right again although the guest stood still.
+    verb(&api, &id, "pause", &json!({})).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    verb(&api, &id, "resume", &json!({})).await;
+    let guest: f64 = api
+        .shell(&id, "date +%s.%N")
+        .await
+        .trim()
+        .parse()
+        .expect("a time");
+    let host = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("after 1970");
+    let off = (host.as_secs_f64() - guest).abs();
+    assert!(off < 3.0, "the guest's clock is off by {off} s");
+    api.destroy(&id).await;
+}
+
+pub(crate) async fn g23_forks_share_their_past_and_nothing_else(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({"metadata": {"kind": "parent"}})).await;
+    start_workload(&api, &id).await;
+    api.shell(&id, "echo past > /home/user/past").await;
+    let forked = verb(&api, &id, "fork", &json!({"count": 3})).await;
+    let children: Vec<String> = forked
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|child| {
+            child["id"]
+                .as_str()
+                .unwrap_or_else(|| panic!("{forked}"))
+                .to_owned()
+        })
+        .collect();
+    assert_eq!(children.len(), 3);
+    let line = "cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | base64; \
+        python3 -c 'import random, uuid; print(random.random(), uuid.uuid4())'; \
+        openssl rand -hex 16 2>/dev/null || head -c 16 /dev/random | base64; \
+        cat /etc/machine-id; hostname";
+    let mut seen = HashSet::new();
+    for one in children.iter().chain([&id]) {
+        assert_eq!(api.shell(one, "cat /home/user/past").await, "past\n");
+        let said = api.shell(one, line).await;
+        for word in said.split_whitespace() {
+            assert!(
+                seen.insert(word.to_owned()),
+                "{word} was seen before, now in {one}:\n{said}"
+            );
+        }
+        assert!(said.ends_with(&format!("{one}\n")), "{said}");
+    }
+    // Each goes on by itself, and their disks are their own.
+    for one in children.iter().chain([&id]) {
+        let now = rounds(&api, one, 1).await;
+        rounds(&api, one, now + 3).await;
+        let line = format!("echo {one} >> /home/user/past; cat /home/user/past");
+        assert_eq!(api.shell(one, &line).await, format!("past\n{one}\n"));
+    }
+    // The parent's end is none of its children's business, and a child can be forked again.
+    api.destroy(&id).await;
+    let again = verb(&api, &children[0], "fork", &json!({})).await;
+    let grandchild = again[0]["id"].as_str().expect("an id");
+    let past = api.shell(grandchild, "cat /home/user/past").await;
+    assert_eq!(past, format!("past\n{}\n", children[0]));
+    for one in children.iter().map(String::as_str).chain([grandchild]) {
+        api.destroy(one).await;
+    }
+}
+
+pub(crate) async fn a_sandbox_goes_back_to_its_checkpoint(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    api.shell(&id, "echo 1 > /home/user/n; (while true; do sleep 0.1; done) >/dev/null 2>&1 & echo $! > /home/user/pid").await;
+    let point = verb(&api, &id, "checkpoints", &json!({"name": "one"})).await;
+    assert_eq!(point["name"], "one");
+    // It went on, and what it does now is undone.
+    api.shell(
+        &id,
+        "kill $(cat /home/user/pid); echo 2 > /home/user/n; touch /home/user/new",
+    )
+    .await;
+    let back = verb(&api, &id, "rollback", &json!({"checkpoint": "one"})).await;
+    assert_eq!(back["status"], "running");
+    let line = "cat /home/user/n; ls /home/user/new 2>/dev/null; kill -0 $(cat /home/user/pid) && echo alive";
+    assert_eq!(api.shell(&id, line).await, "1\nalive\n");
+    // Again, and from a paused one.
+    api.shell(&id, "echo 3 > /home/user/n").await;
+    verb(&api, &id, "pause", &json!({})).await;
+    verb(&api, &id, "rollback", &json!({"checkpoint": "one"})).await;
+    assert_eq!(api.shell(&id, "cat /home/user/n").await, "1\n");
+    let missing = json!({"checkpoint": "two"});
+    api.post(&format!("/v1/sandboxes/{id}/rollback"), &missing)
+        .await
+        .expect_error(404, "not_found", &["two"]);
+    api.destroy(&id).await;
+}
+
+pub(crate) async fn a_snapshot_is_a_template_and_outlives_its_sandbox(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    api.shell(
+        &id,
+        "mkdir -p /home/user/app && echo installed > /home/user/app/state",
+    )
+    .await;
+    let request = json!({"sandbox_id": id, "name": "with-app"});
+    let made = api.post("/v1/snapshots", &request).await.expect(201).json();
+    assert_eq!(made["name"], "with-app");
+    api.destroy(&id).await;
+    let body = json!({"template": "with-app", "env": {"COLOUR": "green"}});
+    let (a, b) = (api.create(&body).await, api.create(&body).await);
+    for one in [&a, &b] {
+        let said = api
+            .shell(one, "cat /home/user/app/state; echo $COLOUR; hostname")
+            .await;
+        assert_eq!(said, format!("installed\ngreen\n{one}\n"));
+    }
+    // G11
+    let other = json!({"template": "with-app", "memory_mb": 1024});
+    api.post("/v1/sandboxes", &other)
+        .await
+        .expect_error(400, "invalid_request", &["512", "1024"]);
+    // G18: its deletion is none of the business of what runs on it.
+    api.delete("/v1/snapshots/with-app").await.expect(204);
+    verb(&api, &a, "pause", &json!({})).await;
+    verb(&api, &a, "resume", &json!({})).await;
+    assert_eq!(
+        api.shell(&a, "cat /home/user/app/state").await,
+        "installed\n"
+    );
+    api.post("/v1/sandboxes", &body).await.expect(404);
+    for one in [&a, &b] {
+        api.destroy(one).await;
+    }
+}
+
+pub(crate) async fn g09_time_pauses_where_asked_and_traffic_wakes(server: &Server) {
+    let api = server.api();
+    let body = json!({"timeout_sec": 3, "on_timeout": "pause", "auto_resume": true});
+    let id = api.create(&body).await;
+    let serve = "cd /tmp && echo here > index.html && (python3 -m http.server 8000 >/dev/null 2>&1 &) ; sleep 1";
+    api.shell(&id, serve).await;
+    eventually(
+        "it is paused when its time is over",
+        Duration::from_secs(30),
+        || async {
+            let seen = api.get(&format!("/v1/sandboxes/{id}")).await.json();
+            (seen["status"] == "paused").then_some(())
+        },
+    )
+    .await;
+    let began = Instant::now();
+    let request = api
+        .request(Method::GET, "/index.html")
+        .header("E2b-Sandbox-Id", &id)
+        .header("E2b-Sandbox-Port", "8000");
+    let answer = api.send(request).await.expect(200);
+    assert_eq!(String::from_utf8_lossy(&answer.body), "here\n");
+    println!("a paused sandbox answered after {:?}", began.elapsed());
+    api.destroy(&id).await;
+}
+
+/// What was paused, checkpointed and kept is there after the server was killed; what is ended
+/// leaves nothing.
+pub(crate) async fn g02_g04_paused_sandboxes_outlive_the_server(data_dir: &Path) {
+    let mut server = Server::start(data_dir).await;
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    start_workload(&api, &id).await;
+    let other = api.create(&json!({})).await;
+    verb(&api, &other, "checkpoints", &json!({"name": "point"})).await;
+    api.shell(&other, "echo later > /home/user/later").await;
+    verb(&api, &id, "pause", &json!({})).await;
+    for round in 0..4u64 {
+        // A save or a restore is cut off at another place each time.
+        let (api, victim) = (server.api(), other.clone());
+        let cut = tokio::spawn(async move {
+            let path = match round % 2 {
+                0 => format!("/v1/sandboxes/{victim}/pause"),
+                _ => format!("/v1/sandboxes/{victim}/rollback"),
+            };
+            let body = json!({"checkpoint": "point"});
+            let body = if round % 2 == 0 { json!({}) } else { body };
+            let request = api.request(Method::POST, &path).json(&body);
+            // Cut off, or done: either is fine.
+            drop(request.send().await);
+        });
+        tokio::time::sleep(Duration::from_millis(30 + 50 * round)).await;
+        server.signal(Signal::KILL);
+        server.wait().await;
+        cut.abort();
+        server = Server::start(data_dir).await;
+        let api = server.api();
+        let seen = eventually("its state is true", Duration::from_secs(30), || async {
+            let seen = api.get(&format!("/v1/sandboxes/{other}")).await.json();
+            let state = seen["status"].as_str()?.to_owned();
+            ["running", "paused"]
+                .contains(&state.as_str())
+                .then_some(state)
+        })
+        .await;
+        if seen == "paused" {
+            verb(&api, &other, "resume", &json!({})).await;
+        }
+        assert_eq!(api.shell(&other, "echo there").await, "there\n");
+        let paused = api.get(&format!("/v1/sandboxes/{id}")).await.json();
+        assert_eq!(paused["status"], "paused");
+    }
+    let api = server.api();
+    verb(&api, &id, "resume", &json!({})).await;
+    let now = rounds(&api, &id, 3).await;
+    rounds(&api, &id, now + 3).await;
+    verb(&api, &other, "rollback", &json!({"checkpoint": "point"})).await;
+    assert_eq!(
+        api.shell(
+            &other,
+            "ls /home/user/later 2>&1 | wc -l; test -e /home/user/later || echo gone"
+        )
+        .await,
+        "1\ngone\n"
+    );
+    verb(&api, &id, "pause", &json!({})).await;
+    for one in [&id, &other] {
+        api.destroy(one).await;
+    }
+    eventually(
+        "nothing is kept of them",
+        Duration::from_secs(30),
+        || async {
+            let state = HostState::read(data_dir, None);
+            let kept = [
+                "file paused/sb-*.json",
+                "file snapshots/snapshots/*",
+                "file snapshots/objects/*",
+            ];
+            kept.iter().all(|kind| state.count(kind) == 0).then_some(())
+        },
+    )
+    .await;
+    server.destroy().await;
+    HostState::read(data_dir, None).expect_nothing_alive();
+}
+
+/// G16: a snapshot that is not what was written is not started, and nothing is lost.
+pub(crate) async fn g16_a_damaged_snapshot_is_named_and_not_started(data_dir: &Path) {
+    let server = Server::start(data_dir).await;
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    api.shell(&id, "echo kept > /home/user/kept").await;
+    verb(&api, &id, "pause", &json!({})).await;
+    let objects = data_dir.join("snapshots/objects");
+    let resume = format!("/v1/sandboxes/{id}/resume");
+    let mut damaged = 0;
+    for entry in std::fs::read_dir(&objects).expect("the objects") {
+        let path = entry.expect("an object").path();
+        let whole = std::fs::read(&path).expect("its bytes");
+        let mut bytes = whole.clone();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x10;
+        std::fs::write(&path, &bytes).expect("it can be damaged");
+        let name = path
+            .file_name()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned();
+        let refused = api.post(&resume, &json!({})).await;
+        assert!(refused.status >= 500, "{}", refused.describe());
+        assert!(
+            refused.describe().contains(&name),
+            "{name}: {}",
+            refused.describe()
+        );
+        let seen = api.get(&format!("/v1/sandboxes/{id}")).await.json();
+        assert_eq!(seen["status"], "paused");
+        std::fs::write(&path, &whole).expect("it can be mended");
+        damaged += 1;
+    }
+    assert!(damaged >= 2, "memory and disk");
+    verb(&api, &id, "resume", &json!({})).await;
+    assert_eq!(api.shell(&id, "cat /home/user/kept").await, "kept\n");
+    server.destroy().await;
+}
