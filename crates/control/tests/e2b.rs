@@ -138,12 +138,8 @@ async fn what_is_not_offered_is_refused_by_name() {
             "Timeout",
         ),
         (
-            json!({"templateID": "base", "autoPause": true}),
-            "autoPause",
-        ),
-        (
-            json!({"templateID": "base", "autoResume": {"enabled": true}}),
-            "autoResume",
+            json!({"templateID": "base", "autoPauseMemory": false}),
+            "autoPauseMemory",
         ),
         (
             json!({"templateID": "base", "network": {"allowPublicTraffic": false}}),

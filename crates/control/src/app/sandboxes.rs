@@ -217,7 +217,9 @@ impl App {
         if row.state.is_final() {
             return Ok(Destroyed::Already);
         }
-        if row.state == SandboxState::Stopping && self.busy.is_claimed(id) {
+        use SandboxState::{Pausing, Resuming, Snapshotting, Stopping};
+        let held = matches!(row.state, Stopping | Pausing | Resuming | Snapshotting);
+        if held && self.busy.is_claimed(id) {
             return Err(wrong_state(&row, "running"));
         }
         let change = Change {
