@@ -219,6 +219,39 @@ def mistakes_are_the_clients_own_exceptions(sandbox):
 
 
 @part
+def a_pause_and_a_connect_lose_nothing(sandbox):
+    started = sandbox.commands.run("sleep 600", background=True)
+    sandbox.files.write("kept.txt", "kept")
+    assert sandbox.pause() is True
+    assert sandbox.pause() is False, "it was paused already"
+    assert sandbox.is_running() is False
+    paused = Sandbox.list(query=None).next_items()
+    assert [one.state.value for one in paused if one.sandbox_id == sandbox.sandbox_id] == ["paused"], paused
+    sandbox.connect(timeout=300)
+    assert sandbox.is_running() is True
+    assert sandbox.files.read("kept.txt") == "kept"
+    assert started.pid in [process.pid for process in sandbox.commands.list()]
+    assert sandbox.commands.kill(started.pid) is True
+
+
+@part
+def forks_and_snapshots_are_sandboxes_of_their_own(sandbox):
+    sandbox.files.write("origin.txt", "shared")
+    (fork,) = sandbox.fork(timeout=120)
+    assert isinstance(fork, Sandbox), fork
+    assert fork.sandbox_id != sandbox.sandbox_id
+    assert fork.files.read("origin.txt") == "shared"
+    fork.files.write("origin.txt", "mine")
+    assert sandbox.files.read("origin.txt") == "shared"
+    assert fork.kill() is True
+    snapshot = sandbox.create_snapshot()
+    with Sandbox.create(snapshot.snapshot_id, timeout=120) as copy:
+        assert copy.files.read("origin.txt") == "shared"
+    assert Sandbox.delete_snapshot(snapshot.snapshot_id) is True
+    assert Sandbox.delete_snapshot(snapshot.snapshot_id) is False
+
+
+@part
 def kill_ends_it(sandbox):
     assert sandbox.is_running() is True
     assert sandbox.kill() is True

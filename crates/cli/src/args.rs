@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{bench, doctor, down, gc, image, keeper, run, sandbox, up, version};
+use crate::commands::{
+    bench, doctor, down, gc, image, keeper, run, sandbox, snapshot, up, version,
+};
 use crate::settings::{ColorChoice, LogFormat};
 
 /// Virtual machines for AI agents, on your own machines.
@@ -77,6 +79,9 @@ pub(crate) enum Command {
     /// Handle sandboxes
     #[command(subcommand, visible_alias = "sb")]
     Sandbox(sandbox::Command),
+    /// Make templates of sandboxes, and manage them
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
     /// Measure this installation
     #[command(subcommand)]
     Bench(bench::Command),
@@ -96,6 +101,7 @@ impl Command {
             Command::Gc(args) => args.output.json,
             Command::Image(command) => command.json(),
             Command::Sandbox(command) => command.json(),
+            Command::Snapshot(command) => command.json(),
             Command::Bench(command) => command.json(),
             Command::Version(args) => args.output.json,
             Command::Up(_) | Command::Run(_) | Command::Keeper(_) => false,

@@ -98,6 +98,7 @@ async fn dispatch(command: Command, context: &Context) -> Result<Exit, Failure> 
         Command::Image(command) => command.run(context).await,
         Command::Run(args) => commands::run::run(&args, context).await,
         Command::Sandbox(command) => command.run(context).await,
+        Command::Snapshot(command) => command.run(context).await,
         Command::Bench(command) => command.run(context).await,
         Command::Version(args) => commands::version::run(&args, context).await,
         // `run` has taken it already.

@@ -9,6 +9,7 @@ mod files;
 mod ids;
 mod pty;
 mod sandboxes;
+mod snapshots;
 mod socket;
 mod wire;
 

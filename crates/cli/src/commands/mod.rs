@@ -9,6 +9,7 @@ pub(crate) mod image;
 pub(crate) mod keeper;
 pub(crate) mod run;
 pub(crate) mod sandbox;
+pub(crate) mod snapshot;
 mod terminal;
 pub(crate) mod up;
 pub(crate) mod version;

@@ -175,7 +175,7 @@ pub(crate) async fn shell_is_a_terminal(server: &Server) {
 pub(crate) async fn every_command_has_help_and_json_is_json(server: &Server) {
     let cli = server.cli();
     for command in [
-        "up", "down", "doctor", "gc", "image", "run", "sandbox", "bench", "version",
+        "up", "down", "doctor", "gc", "image", "run", "sandbox", "snapshot", "bench", "version",
     ] {
         let help = cli.run(&[command, "--help"]).await.expect_code(0);
         assert!(help.stdout.contains("Usage: wrenn"), "{help:?}");
@@ -197,4 +197,55 @@ pub(crate) async fn every_command_has_help_and_json_is_json(server: &Server) {
             .is_some_and(|text| text.contains("nonsense")),
         "{said}"
     );
+}
+
+pub(crate) async fn a_sandbox_is_saved_and_gone_back_with(server: &Server) {
+    let cli = server.cli();
+    let word = async |line: &[&str]| {
+        let said = cli.run(line).await.expect_code(0).stdout;
+        said.trim().to_owned()
+    };
+    let id = word(&["sandbox", "create"]).await;
+    let write = |text: &str| format!("echo {text} > /home/user/n");
+    cli.run(&["sandbox", "exec", &id, "--", "sh", "-c", &write("1")])
+        .await
+        .expect_code(0);
+    assert_eq!(word(&["sandbox", "pause", &id]).await, id);
+    let list = cli.run(&["sandbox", "list"]).await.expect_code(0);
+    assert!(list.stdout.contains("paused"), "{list:?}");
+    cli.run(&["sandbox", "exec", &id, "--", "true"])
+        .await
+        .expect_stderr(&["paused"]);
+    assert_eq!(word(&["sandbox", "resume", &id]).await, id);
+    let point = word(&["sandbox", "checkpoint", &id, "--name", "here"]).await;
+    assert_eq!(point, "here");
+    let points = cli.run(&["sandbox", "checkpoints", &id]).await;
+    assert!(points.expect_code(0).stdout.contains("here"));
+    cli.run(&["sandbox", "exec", &id, "--", "sh", "-c", &write("2")])
+        .await
+        .expect_code(0);
+    assert_eq!(word(&["sandbox", "rollback", &id, "here"]).await, id);
+    let read = ["sandbox", "exec", &id, "--", "cat", "/home/user/n"];
+    assert_eq!(word(&read).await, "1");
+    let child = word(&["sandbox", "fork", &id]).await;
+    assert_ne!(child, id);
+    let name = word(&["snapshot", "create", &id, "--name", "by-cli"]).await;
+    assert_eq!(name, "by-cli");
+    let all = cli
+        .run(&["snapshot", "list", "--json"])
+        .await
+        .expect_code(0);
+    assert!(all.json()[0]["name"] == "by-cli", "{all:?}");
+    let from = word(&["sandbox", "create", "--template", "by-cli"]).await;
+    for one in [&child, &from] {
+        let read = ["sandbox", "exec", one, "--", "cat", "/home/user/n"];
+        assert_eq!(word(&read).await, "1", "{one}");
+    }
+    assert_eq!(word(&["snapshot", "delete", "by-cli"]).await, "by-cli");
+    cli.run(&["snapshot", "delete", "by-cli"])
+        .await
+        .expect_stderr(&["by-cli"]);
+    cli.run(&["sandbox", "kill", &id, &child, &from])
+        .await
+        .expect_code(0);
 }

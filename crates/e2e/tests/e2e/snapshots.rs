@@ -57,7 +57,9 @@ async fn start_workload(api: &Api, id: &str) {
 /// Waits until the workload has done at least so many rounds; none of them was bad.
 async fn rounds(api: &Api, id: &str, at_least: usize) -> usize {
     eventually("the workload goes on", Duration::from_secs(60), || async {
-        let seen = api.shell(id, "cat /home/user/rounds").await;
+        let seen = api
+            .shell(id, "cat /home/user/rounds 2>/dev/null || true")
+            .await;
         assert!(!seen.contains("BAD"), "memory is damaged:\n{seen}");
         let last = seen.lines().last()?.split(' ').next()?.parse().ok()?;
         (last >= at_least).then_some(last)
@@ -244,7 +246,8 @@ pub(crate) async fn g09_time_pauses_where_asked_and_traffic_wakes(server: &Serve
     let api = server.api();
     let body = json!({"timeout_sec": 3, "on_timeout": "pause", "auto_resume": true});
     let id = api.create(&body).await;
-    let serve = "cd /tmp && echo here > index.html && (python3 -m http.server 8000 >/dev/null 2>&1 &) ; sleep 1";
+    let serve = "cd /tmp && echo here > index.html && (python3 -m http.server 8000 >/dev/null 2>&1 &); \
+        until curl -sf localhost:8000/index.html; do sleep 0.2; done";
     api.shell(&id, serve).await;
     eventually(
         "it is paused when its time is over",

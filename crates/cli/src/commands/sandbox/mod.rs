@@ -1,12 +1,15 @@
 //! `wrenn sandbox …`: sandboxes that stay until they are ended.
 
+pub(crate) mod checkpoint;
 pub(crate) mod cp;
 pub(crate) mod create;
 pub(crate) mod exec;
+pub(crate) mod fork;
 pub(crate) mod inspect;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod logs;
+pub(crate) mod pause;
 pub(crate) mod shell;
 
 use super::Context;
@@ -33,6 +36,18 @@ pub(crate) enum Command {
     /// End sandboxes
     #[command(visible_alias = "rm")]
     Kill(kill::Args),
+    /// Save a sandbox, programs and all, and free what it takes of this machine
+    Pause(pause::Args),
+    /// Go on with a paused sandbox
+    Resume(pause::Args),
+    /// Start new sandboxes in the very state that this one is in; it goes on
+    Fork(fork::Args),
+    /// Note a point that the sandbox can go back to
+    Checkpoint(checkpoint::Args),
+    /// List those points
+    Checkpoints(checkpoint::ListArgs),
+    /// Go back to one; what was done since is lost
+    Rollback(checkpoint::RollbackArgs),
     /// Show the log of a sandbox's console, where its kernel and guest agent write
     Logs(logs::Args),
 }
@@ -45,6 +60,11 @@ impl Command {
             Command::List(args) => args.output.json,
             Command::Inspect(args) => args.output.json,
             Command::Kill(args) => args.output.json,
+            Command::Pause(args) | Command::Resume(args) => args.output.json,
+            Command::Fork(args) => args.output.json,
+            Command::Checkpoint(args) => args.output.json,
+            Command::Checkpoints(args) => args.output.json,
+            Command::Rollback(args) => args.output.json,
             Command::Exec(_) | Command::Shell(_) | Command::Cp(_) | Command::Logs(_) => false,
         }
     }
@@ -59,6 +79,12 @@ impl Command {
             Command::Shell(args) => shell::run(args, context).await,
             Command::Cp(args) => cp::run(args, context).await,
             Command::Kill(args) => kill::run(args, context).await,
+            Command::Pause(args) => pause::pause(args, context).await,
+            Command::Resume(args) => pause::resume(args, context).await,
+            Command::Fork(args) => fork::run(args, context).await,
+            Command::Checkpoint(args) => checkpoint::run(args, context).await,
+            Command::Checkpoints(args) => checkpoint::list(args, context).await,
+            Command::Rollback(args) => checkpoint::rollback(args, context).await,
             Command::Logs(args) => logs::run(args, context).await,
         }
     }

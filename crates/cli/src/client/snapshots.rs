@@ -1,0 +1,88 @@
+//! Pausing, resuming and forking sandboxes, their checkpoints, and snapshots.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::{Client, ClientError};
+
+impl Client {
+    /// A `POST` about a sandbox, and its answer.
+    async fn change(&self, id: &str, verb: &str, body: &Value) -> Result<Value, ClientError> {
+        let segments = ["v1", "sandboxes", id, verb];
+        self.json(self.request(Method::POST, &segments).json(body))
+            .await
+    }
+
+    /// Saves a sandbox and gives its machine back.
+    pub(crate) async fn pause(&self, id: &str) -> Result<Value, ClientError> {
+        self.change(id, "pause", &json!({})).await
+    }
+
+    /// Restores a paused sandbox.
+    pub(crate) async fn resume(&self, id: &str) -> Result<Value, ClientError> {
+        self.change(id, "resume", &json!({})).await
+    }
+
+    /// Starts so many sandboxes as this one is now.
+    pub(crate) async fn fork(&self, id: &str, count: u32) -> Result<Vec<Value>, ClientError> {
+        let answer = self.change(id, "fork", &json!({ "count": count })).await?;
+        Ok(list(answer))
+    }
+
+    /// Takes a checkpoint.
+    pub(crate) async fn checkpoint(
+        &self,
+        id: &str,
+        name: Option<&str>,
+    ) -> Result<Value, ClientError> {
+        let body = name.map_or_else(|| json!({}), |name| json!({ "name": name }));
+        self.change(id, "checkpoints", &body).await
+    }
+
+    /// The checkpoints of a sandbox, newest first.
+    pub(crate) async fn checkpoints(&self, id: &str) -> Result<Vec<Value>, ClientError> {
+        let segments = ["v1", "sandboxes", id, "checkpoints"];
+        Ok(list(self.json(self.lookup(&segments)).await?))
+    }
+
+    /// Puts a sandbox back to a checkpoint.
+    pub(crate) async fn rollback(&self, id: &str, checkpoint: &str) -> Result<Value, ClientError> {
+        self.change(id, "rollback", &json!({ "checkpoint": checkpoint }))
+            .await
+    }
+
+    /// Makes a template of a sandbox.
+    pub(crate) async fn create_snapshot(
+        &self,
+        id: &str,
+        name: Option<&str>,
+        overwrite: bool,
+    ) -> Result<Value, ClientError> {
+        let mut body = json!({ "sandbox_id": id });
+        if let Some(name) = name {
+            body["name"] = name.into();
+        }
+        let request = self.request(Method::POST, &["v1", "snapshots"]);
+        let request = request.query(&[("overwrite", overwrite)]).json(&body);
+        self.json(request).await
+    }
+
+    /// The templates that are snapshots, newest first.
+    pub(crate) async fn snapshots(&self) -> Result<Vec<Value>, ClientError> {
+        Ok(list(self.json(self.lookup(&["v1", "snapshots"])).await?))
+    }
+
+    /// Deletes a template that is a snapshot.
+    pub(crate) async fn delete_snapshot(&self, name: &str) -> Result<(), ClientError> {
+        let request = self.request(Method::DELETE, &["v1", "snapshots", name]);
+        self.send(request).await.map(drop)
+    }
+}
+
+/// A list as the API gives it; anything else is an empty one.
+fn list(answer: Value) -> Vec<Value> {
+    match answer {
+        Value::Array(items) => items,
+        _ => Vec::new(),
+    }
+}
