@@ -142,6 +142,7 @@ mod tests {
             disk_mib: 0,
             started_at: Timestamp::from_unix_ms(0),
             last_active: Timestamp::from_unix_ms(0),
+            end_at: None,
             access_token: None,
             envd_version: String::new(),
         }

@@ -111,6 +111,50 @@ async fn g5_of_two_resumes_one_restores() {
 }
 
 #[tokio::test]
+async fn g5_of_two_that_connect_neither_is_told_that_it_is_gone() {
+    let bed = bed().await;
+    let body = json!({"templateID": "base", "timeout": 60});
+    let (_, made) = post(&bed, "/v2/sandboxes", body).await;
+    let id = made["sandboxID"].as_str().unwrap();
+    let pause = format!("/sandboxes/{id}/pause");
+    assert_eq!(bed.call("POST", &pause, None).await.0, 204);
+    *bed.sim.delay.lock().unwrap() = Duration::from_millis(150);
+    let connect = format!("/v2/sandboxes/{id}/connect");
+    let (a, b) = tokio::join!(
+        post(&bed, &connect, json!({})),
+        post(&bed, &connect, json!({}))
+    );
+    let mut codes = [a.0, b.0];
+    codes.sort_unstable();
+    assert_eq!(codes, [201, 409], "{a:?} {b:?}");
+}
+
+/// A paused sandbox is the same snapshot whatever it is called: the end of one name is not
+/// that of the other.
+#[tokio::test]
+async fn g18_two_names_of_one_snapshot_are_let_go_of_one_by_one() {
+    let bed = bed().await;
+    let id = bed.create().await;
+    for name in ["a", "b"] {
+        let body = json!({"sandbox_id": id, "name": name});
+        assert_eq!(post(&bed, "/v1/snapshots", body).await.0, 201);
+    }
+    // As the host does with one that is paused.
+    let first = {
+        let mut kept = bed.sim.snapshots.lock().unwrap();
+        let first = kept.pop_first().unwrap();
+        kept.clear();
+        kept.insert(first.0.clone(), first.1);
+        first.0
+    };
+    bed.control.reconcile().await.unwrap();
+    assert_eq!(bed.call("DELETE", "/v1/snapshots/b", None).await.0, 204);
+    assert!(bed.sim.snapshots.lock().unwrap().contains_key(&first));
+    assert_eq!(bed.call("DELETE", "/v1/snapshots/a", None).await.0, 204);
+    assert_eq!(bed.sim.snapshots.lock().unwrap().len(), 0);
+}
+
+#[tokio::test]
 async fn g8_a_pause_that_fails_leaves_a_running_sandbox() {
     let bed = bed().await;
     let id = bed.create().await;

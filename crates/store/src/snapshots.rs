@@ -203,6 +203,30 @@ impl Store {
         rows.iter().map(read).collect()
     }
 
+    /// Notes a snapshot that the host has taken and that gets no name: deleted from the start.
+    pub async fn discard_snapshot(
+        &self,
+        new: NewSnapshot,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        sqlx::query(
+            "INSERT INTO snapshots (id, team_id, kind, name, sandbox_id, host_snapshot, vcpus,
+                 memory_mib, disk_mib, size_bytes, envd_version, created_at, deleted_at)
+             VALUES ($1, $2, $3, $4, $5, $6, 0, 0, 0, 0, '', $7, $7)",
+        )
+        .bind(Uuid::now_v7().to_string())
+        .bind(new.team.uuid().to_string())
+        .bind(new.kind.as_str())
+        .bind(new.name)
+        .bind(new.sandbox.uuid().to_string())
+        .bind(new.host_snapshot)
+        .bind(now.unix_ms())
+        .execute(self.writer())
+        .await
+        .map_err(StoreError::doing("discarding a snapshot"))?;
+        Ok(())
+    }
+
     /// Deletes a snapshot here; the host is told afterwards. `false` when it was deleted.
     pub async fn delete_snapshot(&self, id: Uuid, now: Timestamp) -> Result<bool, StoreError> {
         let done = sqlx::query(

@@ -39,6 +39,9 @@ pub(crate) struct App {
     /// Who owns what an embedded server makes.
     pub(crate) team: TeamId,
     pub(crate) busy: Busy,
+    /// Shared while a snapshot is taken and gets its row, exclusive while the host is told which
+    /// ones have none: two rows may name the same one.
+    kept: tokio::sync::RwLock<()>,
     /// The host's last self-description, to check requests without asking each time.
     info: AsyncMutex<Option<(Instant, Arc<HostInfo>)>>,
 }
@@ -58,6 +61,7 @@ impl App {
             proxy,
             team,
             busy: Busy::default(),
+            kept: Default::default(),
             info: AsyncMutex::new(None),
         }
     }

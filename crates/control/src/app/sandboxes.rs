@@ -149,6 +149,17 @@ impl App {
         if let Some(moved) = moved {
             tracing::info!(sandbox = %row.id, from = %row.state, to = %state,
                 reason = moved.reason.as_deref().unwrap_or(""), "followed the host");
+            // Resumed by traffic, it got a new end.
+            if let Some(live) = live.filter(|_| state == SandboxState::Running)
+                && live.end_at != moved.end_at
+            {
+                let (idle, now) = (moved.idle_timeout_secs, Timestamp::now());
+                let stored = self
+                    .store
+                    .set_lifetime(row.id, idle, live.end_at, now)
+                    .await?;
+                return Ok(stored.unwrap_or(moved));
+            }
             return Ok(moved);
         }
         self.store

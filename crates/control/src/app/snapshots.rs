@@ -34,6 +34,9 @@ const MOVE_WITHIN: Duration = Duration::from_secs(120);
 const FORK_WITHIN: Duration = Duration::from_secs(300);
 /// Letting go of a snapshot.
 const DELETE_WITHIN: Duration = Duration::from_secs(30);
+/// Children of a sandbox whose end has come or is near live for so many seconds, as it would if
+/// it were resumed.
+const FORKED_FOR: i64 = 300;
 /// The longest name.
 const MAX_NAME: usize = 100;
 
@@ -120,7 +123,9 @@ impl App {
             ..Change::default()
         };
         match self.step(moving, before.state, change).await {
-            Ok(row) => self.refused(row, error).await,
+            Ok(row) if row.state == SandboxState::Running => self.refused(row, error).await,
+            // What the host says of a paused one is about its snapshot.
+            Ok(_) => Failure::from(error),
             Err(failure) => failure,
         }
     }
@@ -307,6 +312,7 @@ impl App {
                 ..Default::default()
             };
             let held = app.hold_still(&row).await?;
+            let kept = app.kept.read().await;
             let asked = app
                 .host
                 .create_snapshot_with_options(request, options(MOVE_WITHIN))
@@ -315,33 +321,31 @@ impl App {
                 Ok(reply) => reply.into_owned(),
                 Err(error) => return Err(app.release_after(held, error).await),
             };
-            app.release(held).await?;
             let taken = reply.snapshot.into_option().unwrap_or_default();
             let new = NewSnapshot {
                 team,
                 kind,
                 name: name.clone(),
                 sandbox: id,
-                host_snapshot: taken.snapshot_id.clone(),
+                host_snapshot: taken.snapshot_id,
                 shape: row.shape,
                 disk_mib: taken.disk_mib,
                 size_bytes: taken.size_bytes,
                 envd_version: taken.envd_version,
             };
-            let stored = app
-                .store
-                .insert_snapshot(new, overwrite, Timestamp::now())
-                .await;
-            let row = match stored {
-                Ok(Named::New(row)) => row,
-                other => {
-                    app.let_go_on_host(&taken.snapshot_id).await;
-                    other?;
-                    return Err(name_taken(&name));
-                }
-            };
+            let now = Timestamp::now();
+            let stored = app.store.insert_snapshot(new.clone(), overwrite, now).await;
+            if !matches!(stored, Ok(Named::New(_))) {
+                // For the host to be told that nobody needs it.
+                app.store.discard_snapshot(new, now).await?;
+            }
+            drop(kept);
+            app.release(held).await?;
             app.forget_deleted_snapshots().await;
-            Ok((row, phases(&reply.phases)))
+            match stored? {
+                Named::New(row) => Ok((row, phases(&reply.phases))),
+                Named::NameTaken => Err(name_taken(&name)),
+            }
         }))
         .await
     }
@@ -398,7 +402,12 @@ impl App {
             let now = Timestamp::now();
             let (idle, end_at) = match secs {
                 Some(secs) => (0, Some(now.plus_secs(i64::from(secs)))),
-                None => (row.idle_timeout_secs, row.end_at),
+                // Of a paused one the end may be over; its children live as long as it would.
+                None => {
+                    let least = now.plus_secs(FORKED_FOR);
+                    let end_at = row.end_at.map(|end| if end < least { least } else { end });
+                    (row.idle_timeout_secs, end_at)
+                }
             };
             let mut children = Vec::new();
             let mut claims = Vec::new();
@@ -542,13 +551,20 @@ impl App {
     }
 
     async fn try_forget_deleted_snapshots(&self) -> Result<(), Failure> {
+        let _alone = self.kept.write().await;
+        let mut outcome = Ok(());
         for (id, host_snapshot) in self.store.deleted_snapshots().await? {
-            if let Some(snapshot_id) = host_snapshot {
-                self.delete_on_host(snapshot_id).await?;
+            let told = match host_snapshot {
+                Some(snapshot_id) => self.delete_on_host(snapshot_id).await,
+                None => Ok(()),
+            };
+            match told {
+                Ok(()) => self.store.forget_snapshot(id).await?,
+                // One that the host cannot delete does not keep the others.
+                Err(failure) => outcome = Err(failure),
             }
-            self.store.forget_snapshot(id).await?;
         }
-        Ok(())
+        outcome
     }
 
     async fn delete_on_host(&self, snapshot_id: String) -> Result<(), Failure> {
@@ -564,14 +580,6 @@ impl App {
             Ok(_) => Ok(()),
             Err(error) if error.code == ErrorCode::NotFound => Ok(()),
             Err(error) => Err(error.into()),
-        }
-    }
-
-    /// A snapshot that got no row. If the host cannot be told, it keeps one that nobody
-    /// knows.
-    async fn let_go_on_host(&self, snapshot: &str) {
-        if let Err(error) = self.delete_on_host(snapshot.to_owned()).await {
-            tracing::error!(snapshot, error = %error, "the host keeps a snapshot that nobody can use");
         }
     }
 

@@ -25,6 +25,8 @@ pub struct HostSandbox {
     pub started_at: Timestamp,
     /// When it was last used.
     pub last_active: Timestamp,
+    /// When it ends whatever happens.
+    pub end_at: Option<Timestamp>,
     /// The guest agent's token, where it demands one.
     pub access_token: Option<AccessToken>,
     /// The guest agent's version.
@@ -48,6 +50,7 @@ impl TryFrom<wire::Sandbox> for HostSandbox {
             value: value.chars().take(80).collect(),
         };
         let word = &given.state;
+        let end_at = given.lifetime.as_option().map_or(0, |l| l.end_at_unix_ms);
         Ok(HostSandbox {
             id: given
                 .sandbox_id
@@ -62,6 +65,7 @@ impl TryFrom<wire::Sandbox> for HostSandbox {
             disk_mib: given.disk_mib,
             started_at: Timestamp::from_unix_ms(given.started_at_unix_ms),
             last_active: Timestamp::from_unix_ms(given.last_active_unix_ms),
+            end_at: (end_at != 0).then(|| Timestamp::from_unix_ms(end_at)),
             access_token: (!given.access_token.is_empty())
                 .then(|| AccessToken::from_kept(given.access_token)),
             envd_version: given.envd_version,

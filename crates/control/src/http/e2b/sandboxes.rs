@@ -186,6 +186,20 @@ pub(super) fn as_missing(id: SandboxId, failure: Failure) -> E2bError {
     }
 }
 
+/// The same where these clients know of a conflict: a sandbox that they can see, and that is
+/// in no state for what was asked, is there.
+pub(super) fn as_conflict(id: SandboxId, failure: Failure) -> E2bError {
+    let state = failure
+        .details
+        .get("state")
+        .and_then(|state| state.as_str());
+    let state = state.and_then(|state| state.parse::<SandboxState>().ok());
+    match failure.code {
+        Code::InvalidState if state.is_some_and(|state| state.as_e2b().is_some()) => failure.into(),
+        _ => as_missing(id, failure),
+    }
+}
+
 async fn connect(
     app: Arc<App>,
     principal: Principal,
@@ -198,7 +212,7 @@ async fn connect(
     let moved = app
         .resume(principal.team, id, Some(secs))
         .await
-        .map_err(|e| as_missing(id, e))?;
+        .map_err(|e| as_conflict(id, e))?;
     let status = match moved.now {
         true => StatusCode::CREATED,
         false => StatusCode::OK,

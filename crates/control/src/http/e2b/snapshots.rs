@@ -9,11 +9,11 @@ use http::{HeaderValue, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use wrenn_store::{SnapshotKind, SnapshotRow};
-use wrenn_types::SandboxId;
+use wrenn_types::SandboxState;
 
 use super::model::{E2bErrorBody, SandboxModel};
 use super::sandboxes::{
-    Body, DEFAULT_TIMEOUT_V1, Id, NEXT_TOKEN, as_missing, keeps_memory, seconds,
+    Body, DEFAULT_TIMEOUT_V1, Id, NEXT_TOKEN, as_conflict, as_missing, keeps_memory, seconds,
 };
 use crate::app::{App, Code, Failure};
 use crate::auth::Principal;
@@ -24,18 +24,6 @@ use crate::http::extract::Query;
 const MAX_CHILDREN: i64 = 100;
 /// Entries of a page of snapshots.
 const LIMIT: u64 = 100;
-
-/// A sandbox in another state is a conflict where these clients know of one.
-fn as_conflict(id: SandboxId, failure: Failure, state: &str) -> E2bError {
-    let is = failure
-        .details
-        .get("state")
-        .and_then(|state| state.as_str());
-    match failure.code {
-        Code::InvalidState if is == Some(state) => failure.into(),
-        _ => as_missing(id, failure),
-    }
-}
 
 /// How to pause.
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -65,7 +53,7 @@ pub(super) async fn pause(
 ) -> Result<StatusCode, E2bError> {
     keeps_memory(body.memory)?;
     let paused = app.pause(principal.team, id).await;
-    paused.map_err(|e| as_conflict(id, e, "paused"))?;
+    paused.map_err(|e| as_conflict(id, e))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -96,12 +84,18 @@ pub(super) async fn resume(
     Body(body, _): Body<Resume>,
 ) -> Result<Response, E2bError> {
     let secs = seconds(body.timeout.unwrap_or(DEFAULT_TIMEOUT_V1), 1)?;
-    let moved = app.resume(principal.team, id, Some(secs)).await;
-    let moved = moved.map_err(|e| as_missing(id, e))?;
-    if !moved.now {
+    // Asked first, for it would live longer by being resumed again.
+    let known = app.get(principal.team, id).await;
+    let running = known.map_err(|e| as_missing(id, e))?.row.state == SandboxState::Running;
+    let moved = match running {
+        true => None,
+        false => Some(app.resume(principal.team, id, Some(secs)).await),
+    };
+    let moved = moved.transpose().map_err(|e| as_conflict(id, e))?;
+    let Some(moved) = moved.filter(|moved| moved.now) else {
         let message = format!("sandbox {id} is already running");
         return Err(Failure::new(Code::Conflict, message).into());
-    }
+    };
     let model = SandboxModel::new(&app.config, moved.sandbox);
     Ok((StatusCode::CREATED, axum::Json(model)).into_response())
 }
@@ -161,7 +155,7 @@ pub(super) async fn fork(
         }
     };
     let forked = app.fork(principal.team, id, count, Some(secs)).await;
-    let (children, _) = forked.map_err(|e| as_missing(id, e))?;
+    let (children, _) = forked.map_err(|e| as_conflict(id, e))?;
     let child = |child: Result<_, Failure>| match child {
         Ok((sandbox, _)) => Forked {
             sandbox: Some(SandboxModel::new(&app.config, sandbox)),
@@ -229,7 +223,7 @@ pub(super) async fn create(
     // A name is a new version of what had it before, as with templates.
     let kind = SnapshotKind::Template;
     let taken = app.take_snapshot(principal.team, id, kind, body.name, true);
-    let (row, _) = taken.await.map_err(|e| as_missing(id, e))?;
+    let (row, _) = taken.await.map_err(|e| as_conflict(id, e))?;
     let body = SnapshotInfo::from(row);
     Ok((StatusCode::CREATED, axum::Json(body)).into_response())
 }

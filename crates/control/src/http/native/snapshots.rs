@@ -149,7 +149,7 @@ pub(crate) struct ForkBody {
 #[serde(untagged)]
 pub(crate) enum ChildBody {
     /// It runs.
-    Born(RestoredBody),
+    Born(Box<RestoredBody>),
     /// It could not be started.
     Failed {
         /// Why.
@@ -190,10 +190,10 @@ pub(super) async fn fork(
     };
     let (children, phases) = app.fork(principal.team, id, count, None).await?;
     let child = |child: Result<_, Failure>| match child {
-        Ok((sandbox, certificate)) => ChildBody::Born(RestoredBody {
+        Ok((sandbox, certificate)) => ChildBody::Born(Box::new(RestoredBody {
             sandbox: SandboxBody::from(sandbox),
             restore_certificate: Option::map(certificate, RestoreCertificate::from),
-        }),
+        })),
         Err(failure) => ChildBody::Failed {
             error: failure.message,
         },
