@@ -19,6 +19,15 @@ pub(crate) struct Created {
     pub(crate) phases: Vec<(String, Duration)>,
 }
 
+/// Where the server says its time went, in its order.
+pub(super) fn phases(answer: &reqwest::Response) -> Vec<(String, Duration)> {
+    let values = answer.headers().get_all("server-timing").iter();
+    values
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(server_timing)
+        .collect()
+}
+
 impl Client {
     /// Makes a sandbox and waits until it is ready. Once sent, the server goes through
     /// with it even if this program ends.
@@ -31,13 +40,7 @@ impl Client {
             Ok(answer) => answer,
             Err(error) => return Err(self.explain_template(request, error).await),
         };
-        let phases = answer
-            .headers()
-            .get_all("server-timing")
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(server_timing)
-            .collect();
+        let phases = phases(&answer);
         let json = self.read_json(answer).await?;
         let sandbox = wire::read(json.clone(), "/v1/sandboxes")?;
         Ok(Created {

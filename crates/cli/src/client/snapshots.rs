@@ -1,8 +1,11 @@
 //! Pausing, resuming and forking sandboxes, their checkpoints, and snapshots.
 
+use std::time::Duration;
+
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use super::sandboxes::phases;
 use super::{Client, ClientError};
 
 impl Client {
@@ -23,10 +26,17 @@ impl Client {
         self.change(id, "resume", &json!({})).await
     }
 
-    /// Starts so many sandboxes as this one is now.
-    pub(crate) async fn fork(&self, id: &str, count: u32) -> Result<Vec<Value>, ClientError> {
-        let answer = self.change(id, "fork", &json!({ "count": count })).await?;
-        Ok(list(answer))
+    /// Starts so many sandboxes as this one is now; and where the server's time went.
+    pub(crate) async fn fork(
+        &self,
+        id: &str,
+        count: u32,
+    ) -> Result<(Vec<Value>, Vec<(String, Duration)>), ClientError> {
+        let segments = ["v1", "sandboxes", id, "fork"];
+        let request = self.request(Method::POST, &segments);
+        let answer = self.send(request.json(&json!({ "count": count }))).await?;
+        let phases = phases(&answer);
+        Ok((list(self.read_json(answer).await?), phases))
     }
 
     /// Takes a checkpoint.

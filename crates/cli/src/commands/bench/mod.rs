@@ -3,6 +3,7 @@
 mod guest;
 mod machine;
 mod report;
+mod snapshot;
 mod start;
 mod statistics;
 
@@ -15,6 +16,8 @@ use crate::exit::Exit;
 pub(crate) enum Command {
     /// Measure how fast sandboxes start and what they cost while idle
     Start(start::Args),
+    /// Measure what saving, restoring and forking a sandbox takes
+    Snapshot(snapshot::Args),
     /// Measure the guest agent by itself, as a plain process on this machine
     Guest(guest::Args),
 }
@@ -24,6 +27,7 @@ impl Command {
     pub(crate) fn json(&self) -> bool {
         match self {
             Command::Start(args) => args.output.json,
+            Command::Snapshot(args) => args.output.json,
             Command::Guest(args) => args.output.json,
         }
     }
@@ -32,6 +36,7 @@ impl Command {
     pub(crate) async fn run(&self, context: &Context) -> Result<Exit, Failure> {
         match self {
             Command::Start(args) => start::run(args, context).await,
+            Command::Snapshot(args) => snapshot::run(args, context).await,
             Command::Guest(args) => guest::run(args, context).await,
         }
     }

@@ -23,7 +23,7 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     let client = context.client()?;
     let id = client.find(&args.id).await?;
     let fork = client.fork(&id, args.count);
-    let children = with_spinner(&context.printer, "forking", fork).await?;
+    let (children, _) = with_spinner(&context.printer, "forking", fork).await?;
     if args.output.json {
         context.printer.json(&children)?;
     }

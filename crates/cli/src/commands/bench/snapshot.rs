@@ -1,0 +1,289 @@
+//! `wrenn bench snapshot`: what saving, restoring and forking a sandbox takes.
+//!
+//! Measured from the outside, through the API. Every sandbox it makes it ends.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::report::{self, Phase, Unit, load_average};
+use crate::args::OutputArgs;
+use crate::client::{Client, Command, CreateRequest};
+use crate::commands::Context;
+use crate::commands::sandbox::kill::destroy_all;
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::output::with_spinner;
+use crate::signals::Signals;
+
+/// What the median of each phase should not exceed, on two cores without hardware
+/// virtualisation and for an idle guest of 512 MiB: milliseconds, bytes.
+const TARGET_PAUSE: f64 = 60.0;
+const TARGET_RESUME: f64 = 350.0;
+const TARGET_FORK: f64 = 350.0;
+const TARGET_FROZEN: f64 = 40.0;
+const TARGET_TEN: f64 = 2000.0;
+const TARGET_SIZE: f64 = (8 << 20) as f64;
+/// So much longer a guest of four times the memory may take to pause.
+const LARGER: f64 = 1.5;
+/// A sandbox is idle once its start has died away.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Written anew between two checkpoints, to state what that costs.
+const DIRTIED_MIB: u32 = 100;
+
+/// Options of `wrenn bench snapshot`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// How often each phase is measured
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    n: u32,
+    /// Leave out the guest of 2 GiB, which takes a template of its own
+    #[arg(long)]
+    no_large: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// Measures.
+pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
+    let client = context.client()?;
+    let host = client.host().await?;
+    let mut signals = Signals::listen()
+        .map_err(|error| Failure::message(format!("cannot listen for signals: {error}")))?;
+    let mut bench = Bench {
+        client: &client,
+        context,
+        args,
+        made: Vec::new(),
+    };
+    let outcome = tokio::select! {
+        outcome = bench.measure() => outcome.map(Ok),
+        signal = signals.next() => Ok(Err(signal)),
+    };
+    bench.clean().await;
+    let phases = match outcome? {
+        Ok(phases) => phases,
+        Err(signal) => return Ok(Exit::Signal(signal)),
+    };
+    let conditions = json!({
+        "wrenn": crate::commands::version::VERSION,
+        "server": host.version,
+        "vmm": format!("{} {}", host.vmm, host.vmm_version).trim(),
+        "accelerator": host.accelerator,
+        "cpus": host.cpus,
+        "load_average": load_average(),
+    });
+    if args.output.json {
+        context.printer.json(&json!({
+            "conditions": conditions,
+            "phases": phases.iter().map(Phase::to_json).collect::<Vec<_>>(),
+        }))?;
+    } else {
+        context.printer.table(report::table(&phases));
+        report::show_conditions(&conditions, &context.printer);
+    }
+    Ok(Exit::Ok)
+}
+
+struct Bench<'a> {
+    client: &'a Client,
+    context: &'a Context,
+    args: &'a Args,
+    /// Sandboxes to end.
+    made: Vec<String>,
+}
+
+impl Bench<'_> {
+    async fn measure(&mut self) -> Result<Vec<Phase>, Failure> {
+        let mut phases = Vec::new();
+        let small = self.create(None).await?;
+        let pause = self.pauses(&small, &mut phases, "", TARGET_PAUSE).await?;
+        self.forks(&small, &mut phases).await?;
+        self.checkpoints(&small, &mut phases).await?;
+        if !self.args.no_large {
+            self.say("a guest of 2 GiB: its template is booted first");
+            let large = self.create(Some(2048)).await?;
+            let target = pause * LARGER;
+            self.pauses(&large, &mut phases, " (2 GiB guest)", target)
+                .await?;
+        }
+        Ok(phases)
+    }
+
+    fn say(&self, what: &str) {
+        self.context.printer.note(format!("{what} …"));
+    }
+
+    async fn create(&mut self, memory_mb: Option<u32>) -> Result<String, Failure> {
+        let request = CreateRequest {
+            memory_mb,
+            ..CreateRequest::default()
+        };
+        let id = self.client.create(&request).await?.sandbox.id;
+        self.made.push(id.clone());
+        self.shell(&id).await?;
+        tokio::time::sleep(SETTLE).await;
+        Ok(id)
+    }
+
+    /// The form of command that E2B's clients send.
+    async fn shell(&self, id: &str) -> Result<(), Failure> {
+        self.exec(id, "bash", &["-l", "-c", "true"]).await
+    }
+
+    async fn exec(&self, id: &str, cmd: &str, args: &[&str]) -> Result<(), Failure> {
+        let command = Command {
+            cmd: cmd.to_owned(),
+            args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+            ..Command::default()
+        };
+        let answer = self.client.exec(id, &command).await?;
+        match answer["exit_code"] == 0 {
+            true => Ok(()),
+            false => Err(Failure::message(format!("`{cmd}` in {id}: {answer}"))),
+        }
+    }
+
+    /// Pauses and resumes, the guest idle in between; gives the median pause.
+    async fn pauses(
+        &mut self,
+        id: &str,
+        phases: &mut Vec<Phase>,
+        of: &str,
+        target: f64,
+    ) -> Result<f64, Failure> {
+        self.say(&format!("{} pauses and resumes{of}", self.args.n));
+        let (mut pause, mut resume, mut output) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..self.args.n {
+            let began = Instant::now();
+            self.client.pause(id).await?;
+            pause.push(ms(began));
+            let began = Instant::now();
+            self.client.resume(id).await?;
+            resume.push(ms(began));
+            self.shell(id).await?;
+            output.push(ms(began));
+        }
+        let phase = |name: &str, values, target| {
+            Phase::new(format!("{name}{of}"), Unit::Milliseconds, values, target)
+        };
+        let pause = phase("pause", pause, Some(target));
+        let median = pause.sample.median().unwrap_or_default();
+        phases.extend([
+            pause,
+            phase("resume", resume, None),
+            phase(
+                "resume to bash -l -c true's end",
+                output,
+                Some(TARGET_RESUME),
+            ),
+        ]);
+        Ok(median)
+    }
+
+    async fn forks(&mut self, id: &str, phases: &mut Vec<Phase>) -> Result<(), Failure> {
+        self.say(&format!("{} forks of one child, then of ten", self.args.n));
+        let (mut one, mut frozen) = (Vec::new(), Vec::new());
+        for _ in 0..self.args.n {
+            let began = Instant::now();
+            let steps = self.fork(id, 1).await?;
+            one.push(ms(began));
+            let stood = steps.iter().find(|(name, _)| name == "frozen");
+            frozen.extend(stood.map(|(_, took)| took.as_secs_f64() * 1000.0));
+            self.end_children(id).await;
+        }
+        let began = Instant::now();
+        self.fork(id, 10).await?;
+        let ten = ms(began);
+        self.end_children(id).await;
+        let phase = |name, values, target| Phase::new(name, Unit::Milliseconds, values, target);
+        phases.extend([
+            phase("fork of one child", one, Some(TARGET_FORK)),
+            phase("  its parent frozen", frozen, Some(TARGET_FROZEN)),
+            phase("fork of ten children", vec![ten], Some(TARGET_TEN)),
+        ]);
+        Ok(())
+    }
+
+    async fn fork(&mut self, id: &str, count: u32) -> Result<Vec<(String, Duration)>, Failure> {
+        let (children, steps) = self.client.fork(id, count).await?;
+        for child in children {
+            match child["id"].as_str() {
+                Some(child) => self.made.push(child.to_owned()),
+                None => return Err(Failure::message(format!("a child of {id}: {child}"))),
+            }
+        }
+        Ok(steps)
+    }
+
+    async fn end_children(&mut self, parent: &str) {
+        let (parents, children): (Vec<_>, Vec<_>) = std::mem::take(&mut self.made)
+            .into_iter()
+            .partition(|id| id == parent);
+        self.made = children;
+        self.clean().await;
+        self.made = parents;
+    }
+
+    /// What a checkpoint takes on disk and in time, idle and after much was written.
+    async fn checkpoints(&mut self, id: &str, phases: &mut Vec<Phase>) -> Result<(), Failure> {
+        self.say(&format!(
+            "checkpoints, idle and with {DIRTIED_MIB} MiB written anew"
+        ));
+        let mut sizes = Vec::new();
+        for written in [0, 0, DIRTIED_MIB] {
+            if written > 0 {
+                let line = format!("head -c {written}M /dev/urandom > /dev/shm/dirt");
+                self.exec(id, "bash", &["-c", &line]).await?;
+            } else {
+                tokio::time::sleep(SETTLE).await;
+            }
+            let began = Instant::now();
+            let point = self.client.checkpoint(id, None).await?;
+            sizes.push((ms(began), size(&point)));
+        }
+        // A checkpoint shares with the one before it all that it did not write itself.
+        let [(_, first), (idle, second), (dirty, third)] = sizes[..] else {
+            return Ok(());
+        };
+        let added = |now: f64, before: f64| vec![(now - before).max(0.0)];
+        phases.extend([
+            Phase::new("checkpoint, idle", Unit::Milliseconds, vec![idle], None),
+            Phase::new(
+                "  on disk",
+                Unit::Bytes,
+                added(second, first),
+                Some(TARGET_SIZE),
+            ),
+            Phase::new(
+                format!("checkpoint, {DIRTIED_MIB} MiB written"),
+                Unit::Milliseconds,
+                vec![dirty],
+                None,
+            ),
+            Phase::new("  on disk", Unit::Bytes, added(third, second), None),
+        ]);
+        Ok(())
+    }
+
+    /// Ends what was made.
+    async fn clean(&mut self) {
+        let work = destroy_all(self.client, std::mem::take(&mut self.made));
+        for (id, outcome) in with_spinner(&self.context.printer, "ending sandboxes", work).await {
+            if let Err(error) = outcome
+                && !error.is_not_found()
+            {
+                let printer = &self.context.printer;
+                printer.warn(format!("sandbox {id} is still there: {error}"));
+            }
+        }
+    }
+}
+
+fn size(point: &Value) -> f64 {
+    point["size_bytes"].as_f64().unwrap_or_default()
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}
