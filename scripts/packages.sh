@@ -22,6 +22,7 @@ for_test=(
     "python3          runs E2B's published client"
     "python3-venv     gives that client a folder of its own"
     "qemu-utils       checks our disk images with QEMU's own tools"
+    "busybox-static   is the program of the small guests that tests of the VMM start"
     "util-linux       starts Wrenn as an ordinary user, to see it refuse"
 )
 for_proto=(
@@ -40,14 +41,18 @@ case "${1:-}" in
 esac
 
 missing=()
-for line in "${wanted[@]}"; do
-    read -r package why <<<"$line"
-    if dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null | grep -q '^ii'; then
-        continue
-    fi
-    missing+=("$package")
-    printf 'will install %-18s %s\n' "$package" "$why"
-done
+look() {
+    missing=()
+    for line in "${wanted[@]}"; do
+        read -r package why <<<"$line"
+        if dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null | grep -q '^ii'; then
+            continue
+        fi
+        missing+=("$package")
+        printf 'will install %-18s %s\n' "$package" "$why"
+    done
+}
+look
 if [ ${#missing[@]} -eq 0 ]; then
     echo "Debian packages: all ${#wanted[@]} are there"
     exit 0
@@ -69,3 +74,8 @@ apt() {
 options=(-o DPkg::Lock::Timeout=300 -o Acquire::Retries=3)
 apt "${options[@]}" update
 apt "${options[@]}" install --yes --no-install-recommends "${missing[@]}"
+# What was there may have had to go for what came, such as tools of another QEMU's version.
+look
+if [ ${#missing[@]} -gt 0 ]; then
+    apt "${options[@]}" install --yes --no-install-recommends "${missing[@]}"
+fi
