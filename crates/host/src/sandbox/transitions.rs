@@ -59,19 +59,21 @@ impl Owner {
             None => Origin::template(templates.get(site, &create.template, create.shape).await?),
         };
         phases.note("template", &mut clock);
-        let waiting = match &origin.snapshot {
-            None => pool.take(&origin.template).await,
-            Some(_) => None,
-        };
-        let (machine, restore_id) = match waiting {
-            Some(machine) => (machine, new_restore_id()?),
-            None => self.bring_up(&origin, &mut phases).await?,
-        };
+        // All that can fail without a machine comes before there is one to give back.
         let token = match create.secure {
             true => Some(AccessToken::generate().map_err(MachineError::from)?),
             false => None,
         };
         let journal = Journal::new(create, token.as_ref());
+        let restore_id = new_restore_id()?;
+        let waiting = match &origin.snapshot {
+            None => pool.take(&origin.template).await,
+            Some(_) => None,
+        };
+        let (machine, restore_id) = match waiting {
+            Some(machine) => (machine, restore_id),
+            None => self.bring_up(&origin, &mut phases).await?,
+        };
         match self
             .hand_over(&machine, &journal, &restore_id, true, phases)
             .await

@@ -220,12 +220,14 @@ impl Saver<'_> {
             Err(join) => return Err(SandboxError::Broken(join.to_string())),
         };
         phases.note("memory", &mut clock);
+        // From here on it may be: a switch can fail after it was done, and a layer that is noted
+        // and not used holds nothing, while one that is used and forgotten loses writes.
+        *switched = true;
         machine
             .vm
             .switch_disk_layer(new_top)
             .await
             .map_err(MachineError::from)?;
-        *switched = true;
         phases.note("disk", &mut clock);
         Ok(draft)
     }
