@@ -91,10 +91,34 @@ impl Control {
     /// and then periodically.
     pub async fn reconcile(&self) -> Result<(), ControlError> {
         let mut reconciler = self.reconciler.lock().await;
-        reconciler
-            .round(&self.app)
-            .await
-            .map_err(|failure| ControlError::Reconcile(failure.to_string()))
+        reconciler.round(&self.app).await.map_err(as_reconcile)
+    }
+
+    /// Fetches what the host says has happened, once, without waiting for more.
+    /// [`Control::serve`] waits for it all the time.
+    pub async fn follow_events(&self) -> Result<(), ControlError> {
+        let followed = self.app.follow_events(false).await;
+        followed.map(drop).map_err(as_reconcile)
+    }
+
+    /// Stores what happens as it happens. What moved a sandbox is looked at at once, and not at
+    /// the next round.
+    async fn follow_forever(&self) {
+        loop {
+            let news = match self.app.follow_events(true).await {
+                Ok(news) => news,
+                Err(error) => {
+                    tracing::warn!(%error, "the host's events could not be fetched");
+                    tokio::time::sleep(self.app.config.reconcile_every).await;
+                    continue;
+                }
+            };
+            if news.moved
+                && let Err(error) = self.reconcile().await
+            {
+                tracing::warn!(%error, "not all rows could be compared with the host");
+            }
+        }
     }
 
     /// Ends all proxied connections of a sandbox, for a host agent in the same process that ends or
@@ -119,6 +143,8 @@ impl Control {
             }
         });
         let (ended, told) = tokio::sync::oneshot::channel::<()>();
+        let control = self.clone();
+        let follower = tokio::spawn(async move { control.follow_forever().await });
         let service = self
             .router()
             .into_make_service_with_connect_info::<SocketAddr>();
@@ -138,9 +164,14 @@ impl Control {
             } => Ok(()),
         };
         rounds.abort();
+        follower.abort();
         self.app.store.close().await;
         served
     }
+}
+
+fn as_reconcile(failure: app::Failure) -> ControlError {
+    ControlError::Reconcile(failure.to_string())
 }
 
 /// The OpenAPI document as YAML, as `/openapi.yaml` serves it and `docs/openapi.yaml` keeps it.

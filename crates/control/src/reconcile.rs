@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use wrenn_store::Timestamp;
 use wrenn_types::SandboxState;
 
-use crate::app::{App, Failure};
+use crate::app::{App, EVENTS_KEEP_SECS, Failure};
 use crate::host::HostSandbox;
 
 /// A host that does not answer for this long is away: nobody knows what its sandboxes do.
@@ -123,6 +123,8 @@ impl Reconciler {
             }
         }
         app.store.expire_idempotency(Timestamp::now()).await?;
+        let keep_from = Timestamp::now().plus_secs(-EVENTS_KEEP_SECS);
+        app.store.expire_events(keep_from).await?;
         app.tidy_snapshots().await?;
         Ok(())
     }

@@ -8,7 +8,7 @@ use serde_json::Value;
 use support::bed;
 
 /// Routes that answer without a key, beside the documentation pages.
-const OPEN: [&str; 2] = ["/health", "/ready"];
+const OPEN: [&str; 3] = ["/health", "/ready", "/metrics"];
 
 fn document() -> Value {
     serde_yaml_ng::from_str(&wrenn_control::openapi_yaml()).unwrap()

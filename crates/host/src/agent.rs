@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -18,8 +19,10 @@ use wrenn_wire::wrenn::host::v1::HostServiceExt;
 
 use crate::activity::InUse;
 use crate::config::HostConfig;
+use crate::events::EventLog;
 use crate::guest::chain;
 use crate::machine::{MachineError, Site, generation_in, machine_folders};
+use crate::metrics;
 use crate::pool::Pool;
 use crate::rpc::HostRpc;
 use crate::sandbox::{Common, DialFailure, Journal, Manager, Paused};
@@ -28,6 +31,8 @@ use crate::template::{TemplateError, TemplateStore};
 
 /// Restores under way at the same time, for each processor of the host.
 const RESTORES_PER_CPU: usize = 2;
+/// How long a guest agent may take to say how busy its guest is, on the reference machine.
+const LOOK_PATIENCE: Duration = Duration::from_secs(5);
 /// Network slots held ready beyond those of waiting machines.
 const SPARE_SLOTS: usize = 4;
 
@@ -83,7 +88,8 @@ pub struct Parts {
     pub(crate) templates: Arc<TemplateStore>,
     pub(crate) pool: Arc<Pool>,
     pub(crate) snapshots: Arc<Snapshots>,
-    pub(crate) manager: Manager,
+    pub(crate) manager: Arc<Manager>,
+    pub(crate) events: Arc<EventLog>,
 }
 
 /// Holds the data folder for this process.
@@ -235,6 +241,7 @@ pub struct HostAgent {
     parts: Arc<Parts>,
     filler: JoinHandle<()>,
     collector: JoinHandle<()>,
+    sampler: JoinHandle<()>,
     _lock: DataDirLock,
 }
 
@@ -253,13 +260,19 @@ impl HostAgent {
             let opened = tokio::task::spawn_blocking(move || Snapshots::open(&dir));
             opened.await.map_err(AgentError::Probe)??
         };
-        let manager = Manager::new(Arc::new(Common {
+        let events = EventLog::open(&config.data_dir).map_err(|source| AgentError::DataDir {
+            path: config.data_dir.clone(),
+            source,
+        })?;
+        let events = Arc::new(events);
+        let manager = Arc::new(Manager::new(Arc::new(Common {
             site: site.clone(),
             templates: templates.clone(),
             pool: pool.clone(),
             snapshots: snapshots.clone(),
             restores: tokio::sync::Semaphore::new(cpus * RESTORES_PER_CPU),
-        }));
+            events: events.clone(),
+        })));
         let in_use = adopt_all(&config, &manager, &snapshots).await?;
         let swept = site.slots.sweep(&in_use).await?;
         if !swept.removed.is_empty() {
@@ -270,6 +283,12 @@ impl HostAgent {
         }
         let filler = pool.keep_filled(config.default_template.clone(), config.pool_size);
         let collector = snapshots.keep_collected();
+        let sampler = metrics::sample(
+            manager.clone(),
+            events.clone(),
+            config.network_prefix.clone(),
+            site.vmm.info().deadline(LOOK_PATIENCE),
+        );
         let parts = Arc::new(Parts {
             config,
             site,
@@ -277,11 +296,13 @@ impl HostAgent {
             pool,
             snapshots,
             manager,
+            events,
         });
         Ok(HostAgent {
             parts,
             filler,
             collector,
+            sampler,
             _lock: lock,
         })
     }
@@ -320,6 +341,7 @@ impl HostAgent {
     /// or are ended with `destroy`.
     pub async fn shutdown(self, destroy: bool) {
         self.parts.manager.close();
+        self.sampler.abort();
         if destroy {
             self.parts.manager.destroy_all().await;
         }

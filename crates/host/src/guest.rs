@@ -168,6 +168,25 @@ pub struct Restored {
     pub steps: Vec<(String, u64)>,
 }
 
+/// How busy a guest is; `GET /metrics` of its agent. Sizes are in bytes.
+#[derive(Debug, Clone, Deserialize)]
+pub struct GuestMetrics {
+    /// Processors.
+    pub cpu_count: u32,
+    /// Of all of them, 0 to 100, since the last time it was asked.
+    pub cpu_used_pct: f64,
+    /// All memory.
+    pub mem_total: u64,
+    /// What is in use of it.
+    pub mem_used: u64,
+    /// What caches hold.
+    pub mem_cache: u64,
+    /// Size of the root file system.
+    pub disk_total: u64,
+    /// What is used of it.
+    pub disk_used: u64,
+}
+
 /// The header of `/init`'s answer that carries [`Restored`].
 const RESTORED_HEADER: &str = "x-wrenn-restored";
 
@@ -283,6 +302,20 @@ impl Guest {
     pub async fn undo_snapshot(&self) -> Result<(), GuestError> {
         const WHAT: &str = "to go on after a snapshot (/snapshot/undo)";
         self.host_call(WHAT, "/snapshot/undo").await
+    }
+
+    /// How busy the guest is.
+    pub async fn metrics(&self) -> Result<GuestMetrics, GuestError> {
+        const WHAT: &str = "how busy it is (/metrics)";
+        let broken = |cause: String| GuestError::Broken { what: WHAT, cause };
+        let request = self
+            .request(Method::GET, "/metrics")
+            .body(full(""))
+            .map_err(|e| broken(e.to_string()))?;
+        let answer = self.send(WHAT, request).await?;
+        let body = http_body_util::Limited::new(answer.into_body(), 64 << 10);
+        let body = body.collect().await.map_err(|e| broken(e.to_string()))?;
+        serde_json::from_slice(&body.to_bytes()).map_err(|e| broken(e.to_string()))
     }
 
     /// A call without content of one of the host's own routes.

@@ -13,6 +13,7 @@
 
 mod db;
 mod error;
+mod events;
 mod idempotency;
 mod keys;
 mod row;
@@ -23,6 +24,7 @@ mod time;
 
 pub use db::Store;
 pub use error::StoreError;
+pub use events::{Death, EventRow, NewEvent};
 pub use idempotency::{IDEMPOTENCY_KEEP_MS, Remembered, RequestHash};
 pub use keys::{KeyRow, NewKey};
 pub use sandboxes::{Change, Inserted, NewSandbox, Page, SandboxFilter, SandboxRow};

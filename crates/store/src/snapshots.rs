@@ -102,6 +102,28 @@ fn read(row: &SqliteRow) -> Result<SnapshotRow, StoreError> {
 }
 
 impl Store {
+    /// What a team calls this snapshot of a host; the newest name if there are several.
+    pub async fn snapshot_name(
+        &self,
+        team: TeamId,
+        host_snapshot: &str,
+    ) -> Result<Option<String>, StoreError> {
+        let row = sqlx::query(
+            "SELECT name FROM snapshots WHERE team_id = $1 AND host_snapshot = $2
+             AND deleted_at IS NULL ORDER BY id DESC LIMIT 1",
+        )
+        .bind(team.uuid().to_string())
+        .bind(host_snapshot)
+        .fetch_optional(self.reader())
+        .await
+        .map_err(StoreError::doing("looking for a snapshot's name"))?;
+        let name = |row: &SqliteRow| {
+            let table = "snapshots";
+            Columns { table, row }.text("name")
+        };
+        row.as_ref().map(name).transpose()
+    }
+
     /// Stores a snapshot. With `overwrite` one of its name is deleted in the same step.
     pub async fn insert_snapshot(
         &self,

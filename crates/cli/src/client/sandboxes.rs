@@ -134,6 +134,35 @@ impl Client {
         self.send(request).await
     }
 
+    /// Why it is as it is, how it ended.
+    pub(crate) async fn why(&self, id: &str) -> Result<Value, ClientError> {
+        self.json(self.lookup(&["v1", "sandboxes", id, "why"]))
+            .await
+    }
+
+    /// What happened to it, the oldest first.
+    pub(crate) async fn events(&self, id: &str) -> Result<Vec<Value>, ClientError> {
+        let mut all: Vec<Value> = Vec::new();
+        loop {
+            let after = all.last().and_then(|last| last["id"].as_i64()).unwrap_or(0);
+            let request = self.lookup(&["v1", "sandboxes", id, "events"]);
+            let page = self.json(request.query(&[("after", after)])).await?;
+            let page: Vec<Value> = wire::read(page, "/v1/sandboxes/{id}/events")?;
+            // A server that repeats itself must not keep us here for ever.
+            let news = |one: &Value| one["id"].as_i64().is_some_and(|id| id > after);
+            if page.is_empty() || !page.iter().all(news) {
+                return Ok(all);
+            }
+            all.extend(page);
+        }
+    }
+
+    /// How busy it was, so far back.
+    pub(crate) async fn metrics(&self, id: &str, range: &str) -> Result<Value, ClientError> {
+        let request = self.lookup(&["v1", "sandboxes", id, "metrics"]);
+        self.json(request.query(&[("range", range)])).await
+    }
+
     /// Runs a program to its end, unary.
     pub(crate) async fn exec(
         &self,

@@ -116,6 +116,14 @@ pub(crate) async fn require_key(
     }
 }
 
+/// For what everybody may ask, and who has a key is told more. One that is not valid is refused.
+pub(crate) async fn key_if_any(state: State<Arc<App>>, request: Request, next: Next) -> Response {
+    if credential(request.headers()).is_none() {
+        return next.run(request).await;
+    }
+    require_key(state, request, next).await
+}
+
 /// For WebSockets, which browsers open without headers: a key on the upgrade request must be valid, and
 /// without one the first message must carry it. What is no upgrade needs the key at once.
 pub(crate) async fn key_now_or_first(

@@ -12,6 +12,7 @@ mod error;
 mod extract;
 mod native;
 mod openapi;
+mod prometheus;
 mod timing;
 
 use std::sync::Arc;
@@ -26,12 +27,13 @@ use http::{StatusCode, Uri};
 use tower::ServiceExt;
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 pub(crate) use error::{ApiError, refuse};
 pub(crate) use openapi::document;
 
 use crate::app::{App, Code, Failure};
-use crate::auth::{key_now_or_first, require_key};
+use crate::auth::{key_if_any, key_now_or_first, require_key};
 
 /// Largest body that is not a file: 2 MiB.
 const BODY_LIMIT: usize = 2 * 1024 * 1024;
@@ -44,6 +46,8 @@ const SANDBOXES: &str = "/v1/sandboxes";
 struct Routes {
     closed: OpenApiRouter<Arc<App>>,
     sockets: OpenApiRouter<Arc<App>>,
+    /// Without a key they say less.
+    watched: OpenApiRouter<Arc<App>>,
     open: OpenApiRouter<Arc<App>>,
 }
 
@@ -53,6 +57,7 @@ fn routes() -> Routes {
             .merge(native::routes())
             .merge(e2b::routes()),
         sockets: native::sockets(),
+        watched: OpenApiRouter::new().routes(routes!(prometheus::metrics)),
         open: native::open_routes(),
     }
 }
@@ -62,6 +67,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
     let Routes {
         closed,
         sockets,
+        watched,
         open,
     } = routes();
     let closed = Router::from(closed)
@@ -69,7 +75,10 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route_layer(from_fn_with_state(Arc::clone(&app), require_key));
     let sockets =
         Router::from(sockets).route_layer(from_fn_with_state(Arc::clone(&app), key_now_or_first));
+    let watched =
+        Router::from(watched).route_layer(from_fn_with_state(Arc::clone(&app), key_if_any));
     let inner = Router::from(open)
+        .merge(watched)
         .merge(closed)
         .merge(sockets)
         .with_state(Arc::clone(&app))

@@ -18,9 +18,11 @@ pub(crate) fn document() -> OpenApi {
     let super::Routes {
         closed,
         sockets,
+        watched,
         open,
     } = super::routes();
-    let (open_doc, open_paths) = with_paths(open);
+    // What asks for no key is told apart from what does; a key that is optional is no need.
+    let (open_doc, open_paths) = with_paths(open.merge(watched));
     let mut document = OpenApiBuilder::new()
         .info(
             Info::builder()

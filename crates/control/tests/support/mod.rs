@@ -53,6 +53,12 @@ pub struct Sim {
     pub snapshots: Mutex<BTreeMap<String, Snapshot>>,
     /// A create takes this long.
     pub delay: Mutex<Duration>,
+    /// What happened; `seq` is the place, from 1 on.
+    pub log: Mutex<Vec<SandboxEvent>>,
+    /// Up to where it was acknowledged.
+    pub acknowledged: AtomicU64,
+    /// How busy sandboxes are.
+    pub points: Mutex<BTreeMap<String, Vec<MetricPoint>>>,
 }
 
 /// What the trait asks for as an `Arc`.
@@ -91,6 +97,22 @@ impl Sim {
         let sandbox = all.get_mut(id).unwrap();
         sandbox.state = state.to_owned();
         sandbox.reason = Some(reason.to_owned());
+    }
+
+    /// Writes down that something happened.
+    pub fn happened(&self, id: &str, kind: &str, actor: &str, death: Option<DeathCertificate>) {
+        let mut log = self.log.lock().unwrap();
+        let seq = log.len() as u64 + 1;
+        log.push(SandboxEvent {
+            seq,
+            at_unix_ms: now_ms(),
+            sandbox_id: id.to_owned(),
+            kind: kind.to_owned(),
+            actor: actor.to_owned(),
+            reason: death.as_ref().map(|_| "it fell over".to_owned()),
+            death: death.into(),
+            ..Default::default()
+        });
     }
 
     fn spawn(
@@ -653,6 +675,62 @@ impl HostService for Service {
             ..Default::default()
         })
     }
+
+    async fn list_events<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ListEventsRequest>,
+    ) -> ServiceResult<ListEventsResponse> {
+        let request = request.to_owned_message();
+        let after = if request.log_id == "sim" {
+            request.after
+        } else {
+            0
+        };
+        self.0.acknowledged.store(after, Ordering::SeqCst);
+        let log = self.0.log.lock().unwrap().clone();
+        if log.len() as u64 <= after {
+            tokio::time::sleep(Duration::from_millis(request.wait_ms.into())).await;
+        }
+        Response::ok(ListEventsResponse {
+            log_id: "sim".into(),
+            events: log.into_iter().filter(|event| event.seq > after).collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn get_metrics<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, GetMetricsRequest>,
+    ) -> ServiceResult<GetMetricsResponse> {
+        let request = request.to_owned_message();
+        let points = self.0.points.lock().unwrap().clone();
+        let to = if request.to_unix_ms == 0 {
+            i64::MAX
+        } else {
+            request.to_unix_ms
+        };
+        let all = request.sandbox_ids.is_empty();
+        let found = points
+            .into_iter()
+            .filter(|(id, _)| all || request.sandbox_ids.contains(id));
+        let found = found.map(|(sandbox_id, mut points)| {
+            points.retain(|p| p.at_unix_ms >= request.from_unix_ms && p.at_unix_ms <= to);
+            if request.latest_only {
+                points.drain(..points.len().saturating_sub(1));
+            }
+            SandboxMetrics {
+                sandbox_id,
+                points,
+                ..Default::default()
+            }
+        });
+        Response::ok(GetMetricsResponse {
+            sandboxes: found.collect(),
+            ..Default::default()
+        })
+    }
 }
 
 /// Every port of every sandbox is one local server, if there is one.
@@ -747,6 +825,12 @@ pub async fn bed_in(dir: tempfile::TempDir, sim: Arc<Sim>) -> Bed {
 }
 
 impl Bed {
+    /// The server is gone from one moment to the next; its folder stays.
+    pub async fn end(mut self) -> tempfile::TempDir {
+        self.server.abort();
+        std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
+    }
+
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }

@@ -20,9 +20,10 @@ use crate::handover::Kept;
 
 /// How long an exit is kept for those who connect late.
 pub const RETENTION: Duration = Duration::from_secs(60);
-/// Exits that are kept: who runs more than this in [`RETENTION`], dozens a second without
-/// a pause, finds those of the last ones only. Without a bound they would fill the guest.
-const MAX_ENDED: usize = 4096;
+/// Exits that are kept: as many as a kernel has process ids unless told otherwise, so that in
+/// practice only a number that is used again makes one unreachable. Without a bound they
+/// would fill the guest.
+const MAX_ENDED: usize = 32_768;
 /// Output of ended programs that is kept for replay, all together.
 const ENDED_OUTPUT: u64 = 4 << 20;
 

@@ -9,7 +9,7 @@ pub use bringup::{
     BootedMachine, FIRST_LAYER, Origin, boot_for_template, disk_bytes, kernel_command_line,
     new_restore_id, restore,
 };
-pub use files::{read_json, remove_folder, write_json};
+pub use files::{read_json, remove_folder, vm_folder, write_json};
 pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
 
 use std::path::{Path, PathBuf};

@@ -54,7 +54,9 @@ fn refused(mut error: ConnectError) -> ConnectError {
     error
 }
 
-fn start_request(command: &rpc::Command, stdin: bool) -> envd::StartRequest {
+fn start_request(handle: &Handle, command: &rpc::Command, stdin: bool) -> envd::StartRequest {
+    let words = std::iter::once(&command.cmd).chain(&command.args);
+    handle.last_command.set(words.map(String::as_str));
     envd::StartRequest {
         process: envd::ProcessConfig {
             cmd: command.cmd.clone(),
@@ -175,7 +177,7 @@ impl HostRpc {
             asked => asked.unwrap_or(OUTPUT_LIMIT_MAX).min(OUTPUT_LIMIT_MAX),
         };
         let processes = live.guest.processes();
-        let start = start_request(command, request.stdin.is_some());
+        let start = start_request(&handle, command, request.stdin.is_some());
         let options = start_options(&command.user, request.timeout_ms);
         let started_stream = processes.start_with_options(start, options).await;
         let mut stream = started_stream.map_err(refused)?;
@@ -251,7 +253,7 @@ impl HostRpc {
             .command
             .as_option()
             .ok_or_else(|| missing("command"))?;
-        let mut start = start_request(command, request.stdin);
+        let mut start = start_request(&handle, command, request.stdin);
         if let Some(size) = request.terminal.as_option() {
             start.pty = envd::PTY {
                 size: pty_size(size).into(),

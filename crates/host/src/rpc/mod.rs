@@ -3,6 +3,7 @@
 
 mod exec;
 mod files;
+mod history;
 mod sandboxes;
 mod service;
 mod snapshots;

@@ -198,4 +198,20 @@ impl HostService for HostRpc {
     ) -> ServiceResult<impl Encodable<GetLogsResponse> + Send + use<>> {
         answer(self.logs(request.to_owned_message()).await)
     }
+
+    async fn list_events(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ListEventsRequest>,
+    ) -> ServiceResult<impl Encodable<ListEventsResponse> + Send + use<>> {
+        answer(self.events(request.to_owned_message()).await)
+    }
+
+    async fn get_metrics(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, GetMetricsRequest>,
+    ) -> ServiceResult<impl Encodable<GetMetricsResponse> + Send + use<>> {
+        answer(self.metrics(request.to_owned_message()))
+    }
 }

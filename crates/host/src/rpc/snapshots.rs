@@ -8,6 +8,7 @@ use wrenn_wire::wrenn::host::v1 as rpc;
 
 use super::sandboxes::{phases, sandbox};
 use super::{HostRpc, sandbox_id, snapshot_failure};
+use crate::events::Actor;
 use crate::lifetime::Lifetime;
 use crate::sandbox::{Certificate, Order};
 use crate::snapshots::{KEPT, LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE};
@@ -107,7 +108,7 @@ impl HostRpc {
     ) -> Result<rpc::ResumeSandboxResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
         let lifetime = request.lifetime.as_option().map(Lifetime::from);
-        let done = handle.resume(lifetime).await?;
+        let done = handle.resume(lifetime, Actor::Request).await?;
         Ok(rpc::ResumeSandboxResponse {
             sandbox: sandbox(&handle).into(),
             resumed_now: done.now,

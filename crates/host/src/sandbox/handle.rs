@@ -13,9 +13,11 @@ use wrenn_vmm::Machine;
 use super::SandboxError;
 use super::journal::Journal;
 use crate::activity::{Activity, InUse};
+use crate::events::Actor;
 use crate::guest::{Guest, Restored};
 use crate::lifetime::Lifetime;
 use crate::machine::{LiveMachine, Phases, Record};
+use crate::metrics::Series;
 
 /// How long a request waits for a sandbox that is being saved or restored.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
@@ -100,7 +102,7 @@ pub(super) enum Request {
     Destroy(Answer<()>),
     SetLifetime(Lifetime, Answer<()>),
     Pause(Answer<PauseDone>),
-    Resume(Option<Lifetime>, Answer<Resumed>),
+    Resume(Option<Lifetime>, Actor, Answer<Resumed>),
     Save(Order, Answer<Kept>),
     Rollback(SnapshotId, Answer<Resumed>),
 }
@@ -149,6 +151,8 @@ pub struct Live {
     pub dialer: GuestDialer,
     /// Its VM.
     pub vm: Arc<dyn Machine>,
+    /// Its network slot's number.
+    pub slot: u32,
     /// How it came to run; without phases for an adopted one.
     pub certificate: Certificate,
 }
@@ -159,6 +163,7 @@ impl Live {
             guest: machine.guest.clone(),
             dialer: machine.slot.guest(),
             vm: machine.vm.clone(),
+            slot: machine.record.slot,
             certificate,
         }
     }
@@ -173,6 +178,38 @@ pub(super) fn set_live(shared: &SharedLive, live: Option<Live>) {
     *shared.write().unwrap_or_else(PoisonError::into_inner) = live.map(Arc::new);
 }
 
+/// The last program that was started in a sandbox through this agent.
+#[derive(Default)]
+pub struct LastCommand(RwLock<String>);
+
+impl LastCommand {
+    /// So much of it is kept, in characters.
+    const LENGTH: usize = 200;
+
+    /// This one is started now.
+    pub fn set<'a>(&self, words: impl Iterator<Item = &'a str>) {
+        let mut line = String::new();
+        for word in words {
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.extend(word.chars().take(Self::LENGTH));
+            if line.chars().count() > Self::LENGTH {
+                line = line.chars().take(Self::LENGTH - 1).collect();
+                line.push('…');
+                break;
+            }
+        }
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = line;
+    }
+
+    /// Empty when there was none.
+    pub fn get(&self) -> String {
+        let line = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        line.clone()
+    }
+}
+
 /// Everybody's end of a sandbox.
 pub struct Handle {
     /// Which sandbox.
@@ -181,6 +218,10 @@ pub struct Handle {
     pub template: String,
     /// Its use.
     pub activity: Arc<Activity>,
+    /// How busy it was.
+    pub metrics: Arc<Series>,
+    /// What was last started in it.
+    pub last_command: Arc<LastCommand>,
     pub(super) view: watch::Receiver<View>,
     pub(super) live: SharedLive,
     pub(super) requests: mpsc::Sender<Request>,
@@ -252,9 +293,14 @@ impl Handle {
         self.ask(Request::Pause).await
     }
 
-    /// Restores it when it is paused.
-    pub async fn resume(&self, lifetime: Option<Lifetime>) -> Result<Resumed, SandboxError> {
-        self.ask(|answer| Request::Resume(lifetime, answer)).await
+    /// Restores it when it is paused, on somebody's account.
+    pub async fn resume(
+        &self,
+        lifetime: Option<Lifetime>,
+        actor: Actor,
+    ) -> Result<Resumed, SandboxError> {
+        self.ask(|answer| Request::Resume(lifetime, actor, answer))
+            .await
     }
 
     /// Takes a snapshot of it, running or paused, and leaves it as it is.

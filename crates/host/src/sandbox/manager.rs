@@ -8,12 +8,14 @@ use tokio::sync::oneshot;
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{SandboxId, SandboxState, Shape};
 
+use super::death::found_dead;
 use super::handle::{Handle, Order};
 use super::journal::Journal;
 use super::owner::{Common, Owner};
 use super::paused::Paused;
 use super::{DialFailure, SandboxError};
 use crate::capacity;
+use crate::events::Actor;
 use crate::guest::chain;
 use crate::lifetime::Lifetime;
 use crate::machine::{LiveMachine, MachineError, Phases};
@@ -60,6 +62,15 @@ struct Registry {
     ended: VecDeque<Arc<Handle>>,
     /// Nothing new is started any more.
     closed: bool,
+}
+
+impl Registry {
+    fn remember(&mut self, ended: Arc<Handle>) {
+        self.ended.push_back(ended);
+        while self.ended.len() > REMEMBERED {
+            self.ended.pop_front();
+        }
+    }
 }
 
 /// All sandboxes of this host.
@@ -143,10 +154,7 @@ impl Manager {
             owner.await;
             let mut registry = lock(&registry);
             if let Some(handle) = registry.alive.remove(&id) {
-                registry.ended.push_back(handle);
-                while registry.ended.len() > REMEMBERED {
-                    registry.ended.pop_front();
-                }
+                registry.remember(handle);
             }
         });
     }
@@ -196,13 +204,28 @@ impl Manager {
                 Ok(None)
             }
             (None, journal) => {
-                if let Some(journal) = journal {
-                    tracing::warn!(sandbox = %journal.sandbox, "its machine has died while no agent was there");
+                if let Some(journal) = journal.filter(|_| !twin) {
+                    self.bury(&folder, &journal);
                 }
                 crate::machine::remove_folder(&folder).await?;
                 Ok(None)
             }
         }
+    }
+
+    /// Remembers a sandbox whose machine died while no agent was there, with the reason.
+    fn bury(&self, folder: &std::path::Path, journal: &Journal) {
+        let (end, certificate) = found_dead(folder, journal);
+        let (owner, handle) = Owner::new(
+            journal.sandbox,
+            &journal.template,
+            self.common.clone(),
+            end.state,
+            journal.lifetime,
+            journal.started_at,
+        );
+        owner.bury(&end, certificate);
+        self.registry().remember(handle);
     }
 
     /// Takes over what an earlier agent paused.
@@ -326,7 +349,7 @@ impl Manager {
             .ok_or(DialFailure::NotFound)?;
         let in_use = handle.activity.begin();
         let live = match handle.running().await {
-            Err(_) if handle.wakes() => match handle.resume(None).await {
+            Err(_) if handle.wakes() => match handle.resume(None, Actor::Traffic).await {
                 Ok(_) => handle.running().await,
                 Err(error) => Err(error),
             },

@@ -1,5 +1,6 @@
 //! Sandboxes: one owner task each, found through the manager.
 
+mod death;
 mod handle;
 mod journal;
 mod manager;
@@ -7,7 +8,8 @@ mod owner;
 mod paused;
 mod transitions;
 
-pub use handle::{Certificate, Handle, Order};
+pub use death::cpu_ms;
+pub use handle::{Certificate, Handle, Live, Order};
 pub use journal::Journal;
 pub use manager::{CreateSandbox, Manager};
 pub use owner::Common;

@@ -17,25 +17,27 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot, watch};
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{SandboxId, SandboxState};
-use wrenn_vmm::{ExitReason, RunState};
+use wrenn_vmm::RunState;
 
+use super::death::{End, certificate, console_of, cpu_ms, death};
 use super::handle::{
-    About, Answer, Certificate, Handle, Live, Request, Resumed, SharedLive, View, set_live,
+    About, Answer, Certificate, Handle, LastCommand, Live, Request, Resumed, SharedLive, View,
+    set_live,
 };
 use super::journal::Journal;
 use super::paused::Paused;
 use super::{CreateSandbox, SandboxError};
 use crate::activity::Activity;
+use crate::events::{Actor, DeathCertificate, EventLog, Kind};
 use crate::guest::{Restored, chain};
 use crate::lifetime::Lifetime;
 use crate::machine::{LiveMachine, Phases, Site};
+use crate::metrics::Series;
 use crate::pool::Pool;
 use crate::sandbox::handle::PauseDone;
 use crate::snapshots::{Snapshots, go_on, thaw};
 use crate::template::TemplateStore;
 
-/// What of the console goes into the reason when a machine dies.
-const LAST_WORDS: usize = 1024;
 /// The longest sleep towards a deadline; wall clocks are moved, so it is looked at again.
 const LONGEST_NAP: Duration = Duration::from_secs(60);
 /// A sandbox whose time is over and that could not be paused is tried again after this.
@@ -55,6 +57,8 @@ pub struct Common {
     pub snapshots: Arc<Snapshots>,
     /// How many may be restored at the same time: more would only slow each other down.
     pub restores: tokio::sync::Semaphore,
+    /// Where what happens is written down.
+    pub events: Arc<EventLog>,
 }
 
 /// A sandbox's owner.
@@ -64,6 +68,8 @@ pub struct Owner {
     view: watch::Sender<View>,
     live: SharedLive,
     pub(super) activity: Arc<Activity>,
+    metrics: Arc<Series>,
+    last_command: Arc<LastCommand>,
     requests: mpsc::Receiver<Request>,
 }
 
@@ -98,12 +104,16 @@ impl Owner {
         let (sender, requests) = mpsc::channel(32);
         let activity = Activity::since(SystemTime::now());
         let live = SharedLive::default();
+        let metrics = Arc::new(Series::default());
+        let last_command = Arc::new(LastCommand::default());
         let handle = Handle {
             id,
             template: template.to_owned(),
             activity: activity.clone(),
             view: seen,
             live: live.clone(),
+            metrics: metrics.clone(),
+            last_command: last_command.clone(),
             requests: sender,
         };
         (
@@ -113,6 +123,8 @@ impl Owner {
                 view,
                 live,
                 activity,
+                metrics,
+                last_command,
                 requests,
             },
             Arc::new(handle),
@@ -129,6 +141,7 @@ impl Owner {
         match self.start(&create).await {
             Ok((machine, journal)) => {
                 self.set(SandboxState::Running, None);
+                self.happened(Kind::Started, Actor::Request, None);
                 // Nobody waiting is no failure (G1).
                 let _ = started.send(Ok(()));
                 self.own(Body::Live(Box::new((machine, journal)))).await;
@@ -136,7 +149,13 @@ impl Owner {
             Err(error) => {
                 let reason = chain(&error);
                 tracing::warn!(sandbox = %self.id, %reason, "could not be started");
-                self.set(SandboxState::Error, Some(reason));
+                let end = End::at_start(reason.clone());
+                let certificate = DeathCertificate {
+                    state: end.state.to_string(),
+                    cause: end.cause.to_owned(),
+                    ..DeathCertificate::default()
+                };
+                self.over(&end, certificate);
                 let _ = started.send(Err(error));
                 self.refuse_rest();
             }
@@ -164,6 +183,7 @@ impl Owner {
         };
         self.publish(&machine, &journal, certificate);
         self.set(SandboxState::Running, None);
+        self.happened(Kind::Adopted, Actor::Host, None);
         self.own(Body::Live(Box::new((machine, journal)))).await;
     }
 
@@ -192,6 +212,11 @@ impl Owner {
             view.state = state;
             view.reason = reason;
         });
+    }
+
+    /// Writes down what happened.
+    pub(super) fn happened(&self, kind: Kind, actor: Actor, reason: Option<String>) {
+        self.common.events.add(self.id, kind, actor, reason, None);
     }
 
     fn show_paused(&self, paused: &Paused) {
@@ -230,7 +255,7 @@ impl Owner {
                         // The asker may have hung up; the limit holds all the same.
                         let _ = answer.send(set);
                     }
-                    Some(Request::Resume(lifetime, answer)) => {
+                    Some(Request::Resume(lifetime, _, answer)) => {
                         let set = match lifetime {
                             Some(lifetime) => self.set_lifetime(lifetime, &machine, &mut journal),
                             None => Ok(()),
@@ -242,16 +267,23 @@ impl Owner {
                     }
                     Some(Request::Save(order, answer)) => {
                         let saved = self.save(&machine, &mut journal, order).await;
+                        if saved.is_ok() {
+                            self.happened(Kind::Saved, Actor::Request, None);
+                        }
                         let _ = answer.send(saved);
                     }
                     Some(Request::Pause(answer)) => {
                         match self.pause(&machine, &mut journal, None).await {
                             Ok((paused, phases)) => {
-                                self.put_away(machine, &paused).await;
+                                self.put_away(machine, &paused, Actor::Request).await;
                                 let _ = answer.send(Ok(PauseDone { now: true, phases }));
                                 return Next::Continue(Body::Paused(Box::new(paused)));
                             }
-                            Err(error) => drop(answer.send(Err(error))),
+                            Err(error) => {
+                                let reason = Some(chain(&error));
+                                self.happened(Kind::PauseFailed, Actor::Request, reason);
+                                let _ = answer.send(Err(error));
+                            }
                         }
                     }
                     Some(Request::Rollback(id, answer)) => {
@@ -259,6 +291,7 @@ impl Owner {
                             Ok((other, new_journal, resumed)) => {
                                 machine.give_back(&self.common.site).await;
                                 self.release_parent(journal.line.parent, id).await;
+                                self.happened(Kind::RolledBack, Actor::Request, None);
                                 let _ = answer.send(Ok(resumed));
                                 return Next::Continue(Body::Live(Box::new((other, new_journal))));
                             }
@@ -266,29 +299,32 @@ impl Owner {
                         }
                     }
                     Some(Request::Destroy(answer)) => {
-                        return self.end(machine, &journal, SandboxState::Stopped, None, Some(answer)).await;
+                        return self.end(machine, &journal, End::by_request(), Some(answer)).await;
                     }
                     // All handles are gone: the agent is ending and leaves the VM running.
                     None => return Next::Break(()),
                 },
                 how = death(&mut exited) => {
-                    let reason = Some(last_words(&machine, &how));
-                    return self.end(machine, &journal, SandboxState::Error, reason, None).await;
+                    let end = End::by_itself(how.as_ref(), &console_of(&machine));
+                    return self.end(machine, &journal, end, None).await;
                 }
                 over = nap(deadline) => {
                     if !over || !self.is_over(&journal) {
                         continue;
                     }
-                    let reason = Some(TIME_OVER.to_owned());
                     if !journal.pause_at_end {
-                        return self.end(machine, &journal, SandboxState::Stopped, reason, None).await;
+                        let end = End::by_clock(TIME_OVER);
+                        return self.end(machine, &journal, end, None).await;
                     }
+                    let reason = Some(TIME_OVER.to_owned());
                     match self.pause(&machine, &mut journal, reason).await {
                         Ok((paused, _)) => {
-                            self.put_away(machine, &paused).await;
+                            self.put_away(machine, &paused, Actor::Clock).await;
                             return Next::Continue(Body::Paused(Box::new(paused)));
                         }
                         Err(error) => {
+                            let reason = Some(chain(&error));
+                            self.happened(Kind::PauseFailed, Actor::Clock, reason);
                             tracing::error!(sandbox = %self.id, error = %chain(&error), "its time is over and it could not be paused; it runs on");
                             pause_again = SystemTime::now().checked_add(PAUSE_AGAIN);
                         }
@@ -299,10 +335,11 @@ impl Owner {
     }
 
     /// Gives the machine of a sandbox back that is paused from now on.
-    async fn put_away(&self, machine: LiveMachine, paused: &Paused) {
+    async fn put_away(&self, machine: LiveMachine, paused: &Paused, actor: Actor) {
         set_live(&self.live, None);
         machine.give_back(&self.common.site).await;
         self.show_paused(paused);
+        self.happened(Kind::Paused, actor, paused.reason.clone());
         tracing::info!(sandbox = %self.id, snapshot = %paused.snapshot, "paused");
     }
 
@@ -321,11 +358,15 @@ impl Owner {
                 }))),
                 Some(Request::Save(order, answer)) => {
                     let kept = self.keep_paused(&paused, order).await;
+                    if kept.is_ok() {
+                        self.happened(Kind::Saved, Actor::Request, None);
+                    }
                     let _ = answer.send(kept);
                 }
-                Some(Request::Resume(lifetime, answer)) => {
+                Some(Request::Resume(lifetime, actor, answer)) => {
                     match self.resume(&paused, lifetime).await {
                         Ok((machine, journal, resumed)) => {
+                            self.happened(Kind::Resumed, actor, None);
                             let _ = answer.send(Ok(resumed));
                             return Next::Continue(Body::Live(Box::new((machine, journal))));
                         }
@@ -344,6 +385,7 @@ impl Owner {
                             self.release_parent(Some(left), id).await;
                             match self.resume(&paused, None).await {
                                 Ok((machine, journal, resumed)) => {
+                                    self.happened(Kind::RolledBack, Actor::Request, None);
                                     let _ = answer.send(Ok(resumed));
                                     return Next::Continue(Body::Live(Box::new((
                                         machine, journal,
@@ -380,20 +422,43 @@ impl Owner {
         &self,
         machine: LiveMachine,
         journal: &Journal,
-        state: SandboxState,
-        reason: Option<String>,
+        end: End,
         asked: Option<Answer<()>>,
     ) -> Next {
-        tracing::info!(sandbox = %self.id, %state, reason = reason.as_deref(), "ends");
-        self.set(SandboxState::Stopping, reason.clone());
+        self.set(SandboxState::Stopping, end.reason.clone());
         set_live(&self.live, None);
+        let mut certificate = certificate(&end, journal, &console_of(&machine));
+        let cpu = cpu_ms(machine.vm.pids().vmm.pid);
+        // A dead monitor's time is only known from when it was last looked at.
+        certificate.cpu_ms = cpu.unwrap_or_else(|| self.metrics.cpu_ms());
         machine.give_back(&self.common.site).await;
         self.let_go(journal.line.parent).await;
-        self.set(state, reason);
+        self.over(&end, certificate);
         if let Some(answer) = asked {
             let _ = answer.send(Ok(()));
         }
         Next::Break(())
+    }
+
+    /// The sandbox is over, for this reason; nothing of it is left.
+    fn over(&self, end: &End, mut certificate: DeathCertificate) {
+        let End { state, reason, .. } = end;
+        tracing::info!(sandbox = %self.id, %state, cause = end.cause, reason = reason.as_deref(), "ended");
+        if let Some(last) = self.metrics.latest() {
+            certificate.memory_bytes = last.mem_used;
+            certificate.disk_bytes = last.disk_used;
+        }
+        certificate.last_command = self.last_command.get();
+        self.metrics.finish();
+        self.set(*state, reason.clone());
+        let (reason, death) = (reason.clone(), Some(certificate));
+        let events = &self.common.events;
+        events.add(self.id, Kind::Ended, end.actor, reason, death);
+    }
+
+    /// The same for one that an earlier agent had and that is found dead.
+    pub fn bury(self, end: &End, certificate: DeathCertificate) {
+        self.over(end, certificate);
     }
 
     async fn end_paused(&self, paused: &Paused, answer: Answer<()>) -> Next {
@@ -407,7 +472,8 @@ impl Owner {
             return Next::Continue(Body::Paused(Box::new(paused.clone())));
         }
         self.let_go(Some(paused.snapshot)).await;
-        self.set(SandboxState::Stopped, None);
+        let end = End::by_request();
+        self.over(&end, certificate(&end, &paused.journal, &[]));
         let _ = answer.send(Ok(()));
         Next::Break(())
     }
@@ -451,19 +517,12 @@ impl Owner {
                 Request::Destroy(answer) => drop(answer.send(Ok(()))),
                 Request::SetLifetime(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Pause(answer) => drop(answer.send(Err(gone()))),
-                Request::Resume(_, answer) => drop(answer.send(Err(gone()))),
+                Request::Resume(_, _, answer) => drop(answer.send(Err(gone()))),
                 Request::Save(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Rollback(_, answer) => drop(answer.send(Err(gone()))),
             }
         }
     }
-}
-
-/// Waits until the machine has ended, and says how.
-pub(super) async fn death(exited: &mut watch::Receiver<Option<ExitReason>>) -> String {
-    let ended = exited.wait_for(Option::is_some).await;
-    let how = ended.ok().and_then(|how| Some(how.as_ref()?.to_string()));
-    how.unwrap_or_else(|| "its machine is not watched any more".to_owned())
 }
 
 /// Sleeps towards `deadline`; `true` when it is worth looking whether it has come.
@@ -476,13 +535,4 @@ async fn nap(deadline: Option<SystemTime>) -> bool {
         .unwrap_or_default();
     tokio::time::sleep(left.min(LONGEST_NAP)).await;
     left <= LONGEST_NAP
-}
-
-fn last_words(machine: &LiveMachine, how: &str) -> String {
-    let console = machine.vm.console_tail(LAST_WORDS).unwrap_or_default();
-    let console = String::from_utf8_lossy(&console);
-    match console.trim() {
-        "" => how.to_owned(),
-        console => format!("{how}; its console ended with: {console}"),
-    }
 }

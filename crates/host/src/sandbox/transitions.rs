@@ -6,9 +6,10 @@ use std::time::{Duration, Instant, SystemTime};
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{AccessToken, SandboxState};
 
+use super::death::{End, console_of, death};
 use super::handle::{Certificate, Kept, Order, Resumed};
 use super::journal::Journal;
-use super::owner::{Common, Owner, death};
+use super::owner::{Common, Owner};
 use super::paused::Paused;
 use super::{CreateSandbox, SandboxError};
 use crate::capacity;
@@ -165,6 +166,8 @@ impl Owner {
         let restored: Restored = tokio::select! {
             restored = machine.guest.init(&identity, &host_token, patience) => restored?,
             how = death(&mut exited) => {
+                let end = End::by_itself(how.as_ref(), &console_of(machine));
+                let how = end.reason.unwrap_or_default();
                 return Err(SandboxError::Broken(format!("it died while it started: {how}")));
             }
         };

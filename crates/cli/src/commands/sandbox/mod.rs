@@ -11,6 +11,7 @@ pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod pause;
 pub(crate) mod shell;
+pub(crate) mod why;
 
 use super::Context;
 use crate::error::Failure;
@@ -50,6 +51,12 @@ pub(crate) enum Command {
     Rollback(checkpoint::RollbackArgs),
     /// Show the log of a sandbox's console, where its kernel and guest agent write
     Logs(logs::Args),
+    /// Tell why a sandbox is as it is, and how it ended
+    Why(why::Args),
+    /// List what happened to a sandbox
+    Events(why::Args),
+    /// Show how busy a sandbox is and was
+    Stats(why::StatsArgs),
 }
 
 impl Command {
@@ -65,6 +72,8 @@ impl Command {
             Command::Checkpoint(args) => args.output.json,
             Command::Checkpoints(args) => args.output.json,
             Command::Rollback(args) => args.output.json,
+            Command::Why(args) | Command::Events(args) => args.output.json,
+            Command::Stats(args) => args.output.json,
             Command::Exec(_) | Command::Shell(_) | Command::Cp(_) | Command::Logs(_) => false,
         }
     }
@@ -86,6 +95,9 @@ impl Command {
             Command::Checkpoints(args) => checkpoint::list(args, context).await,
             Command::Rollback(args) => checkpoint::rollback(args, context).await,
             Command::Logs(args) => logs::run(args, context).await,
+            Command::Why(args) => why::why(args, context).await,
+            Command::Events(args) => why::events(args, context).await,
+            Command::Stats(args) => why::stats(args, context).await,
         }
     }
 }

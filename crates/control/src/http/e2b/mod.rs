@@ -1,5 +1,6 @@
 //! What E2B's clients call, at the root of this server. Only a translation.
 
+mod metrics;
 mod model;
 mod sandboxes;
 mod snapshots;
@@ -25,6 +26,8 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sandboxes::set_timeout))
         .routes(routes!(sandboxes::refresh))
         .routes(routes!(sandboxes::logs))
+        .routes(routes!(metrics::of_many))
+        .routes(routes!(metrics::of_one))
         .routes(routes!(snapshots::pause))
         .routes(routes!(snapshots::resume))
         .routes(routes!(snapshots::fork))

@@ -10,9 +10,7 @@ use axum::routing::any;
 use crate::app::{App, Code, Failure};
 use crate::http::error::E2bError;
 
-const ROUTES: [&str; 23] = [
-    "/sandboxes/metrics",
-    "/sandboxes/{id}/metrics",
+const ROUTES: [&str; 21] = [
     "/sandboxes/{id}/network",
     "/v2/sandboxes/{id}/logs",
     "/templates",

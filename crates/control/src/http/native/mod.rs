@@ -2,6 +2,7 @@
 
 mod exec;
 mod files;
+mod history;
 mod keys;
 mod messages;
 mod processes;
@@ -26,6 +27,9 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sandboxes::get, sandboxes::destroy))
         .routes(routes!(sandboxes::ping))
         .routes(routes!(sandboxes::logs))
+        .routes(routes!(history::events))
+        .routes(routes!(history::why))
+        .routes(routes!(history::metrics))
         .routes(routes!(snapshots::pause))
         .routes(routes!(snapshots::resume))
         .routes(routes!(snapshots::fork))
