@@ -58,6 +58,19 @@ def python_in_a_kernel_of_its_own(sandbox):
 
 
 @part
+def metrics_are_measured(sandbox):
+    deadline = time.monotonic() + 60
+    while not (metrics := sandbox.get_metrics()):
+        assert time.monotonic() < deadline, "nothing was measured"
+        time.sleep(1)
+    last = metrics[-1]
+    assert last.cpu_count == 1, last
+    assert 0 <= last.cpu_used_pct <= 100, last
+    assert 0 < last.mem_used < last.mem_total <= 512 << 20, last
+    assert 0 < last.disk_used < last.disk_total <= 2 << 30, last
+
+
+@part
 def exit_codes_are_exceptions(sandbox):
     try:
         sandbox.commands.run("echo before; echo why >&2; exit 3")

@@ -18,10 +18,11 @@ use wrenn_vmm::{Launcher, QemuConfig, QemuVmm, Vmm, VmmError};
 use wrenn_wire::wrenn::host::v1::HostServiceExt;
 
 use crate::activity::InUse;
+use crate::cgroups::Cgroups;
 use crate::config::HostConfig;
 use crate::events::EventLog;
 use crate::guest::chain;
-use crate::machine::{MachineError, Site, generation_in, machine_folders};
+use crate::machine::{MachineError, Site, generation_in, machine_folders, name_of};
 use crate::metrics;
 use crate::pool::Pool;
 use crate::rpc::HostRpc;
@@ -156,10 +157,19 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
     net.subnet = config.subnet.parse()?;
     net.ready = SPARE_SLOTS;
     let slots = SlotPool::start(net).await?;
+    let cgroups = Cgroups::probe(&config.network_prefix);
+    match cgroups.describe() {
+        Ok(what) => tracing::info!(what, "control groups"),
+        Err(why) => tracing::warn!(
+            why,
+            "machines run without limits of their own: no control groups"
+        ),
+    }
     Ok(Site {
         config,
         vmm: Arc::new(vmm),
         slots,
+        cgroups,
     })
 }
 
@@ -225,6 +235,17 @@ async fn adopt_all(
     Ok(in_use)
 }
 
+/// Removes the control groups of machines that have no folder any more.
+pub(crate) async fn sweep_cgroups(site: &Site) -> Result<(), MachineError> {
+    let folders = machine_folders(&site.config.machines_dir())?;
+    let alive: Vec<String> = folders.iter().map(|folder| name_of(folder)).collect();
+    let removed = site.cgroups.sweep(&alive).await;
+    if !removed.is_empty() {
+        tracing::info!(machines = ?removed, "control groups swept");
+    }
+    Ok(())
+}
+
 /// Of two machines of one sandbox the one that was restored later is adopted first, and so is
 /// the sandbox's. Folders that cannot be read come last.
 fn newest_first(folders: Vec<PathBuf>) -> Vec<PathBuf> {
@@ -274,6 +295,7 @@ impl HostAgent {
             events: events.clone(),
         })));
         let in_use = adopt_all(&config, &manager, &snapshots).await?;
+        sweep_cgroups(&site).await?;
         let swept = site.slots.sweep(&in_use).await?;
         if !swept.removed.is_empty() {
             tracing::info!(slots = ?swept.removed, "swept");
@@ -352,6 +374,7 @@ impl HostAgent {
             tracing::warn!(error = %chain(&error), "deleted snapshots still take their space");
         }
         self.parts.site.slots.shutdown().await;
+        self.parts.site.cgroups.close();
     }
 }
 

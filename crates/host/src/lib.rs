@@ -27,6 +27,7 @@
 mod activity;
 mod agent;
 pub mod capacity;
+pub mod cgroups;
 mod config;
 mod events;
 mod guest;

@@ -278,3 +278,20 @@ fn slot_addresses() -> Vec<Ipv4Addr> {
     );
     all
 }
+
+/// The host has one version of control groups and the guest's kernel the other, or the same.
+pub(crate) async fn g38_limits_hold_in_either_version_of_control_groups(server: &Server) {
+    let here = wrenn_host::cgroups::self_check().await;
+    println!("on the host: {here:?}");
+    assert!(here.is_ok(), "{here:?}");
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    let own = std::env::current_exe().expect("this program");
+    let own = std::fs::read(own).expect("its bytes");
+    let put = api.write_file(&id, "/home/user/check", own).await;
+    assert!(put.status < 300, "{}", put.describe());
+    let line = "chmod +x check && sudo ./check check-cgroups 2>&1";
+    let said = api.shell(&id, line).await;
+    assert!(said.starts_with("v2: cpu, memory, pids"), "{said}");
+    api.destroy(&id).await;
+}

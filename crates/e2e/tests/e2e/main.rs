@@ -64,7 +64,7 @@ fn shared() -> Vec<(&'static str, Shared)> {
         files: g31_fifty_mebibytes_arrive_unchanged, a_file_is_seen_whole_or_not_at_all;
         lifetime: g01_hanging_up_during_create_harms_nothing, g01_hanging_up_during_exec_harms_nothing,
             g09_an_unused_sandbox_expires_and_a_used_one_does_not;
-        isolation: g35_a_guest_reaches_neither_host_nor_guest_nor_private_ranges;
+        isolation: g38_limits_hold_in_either_version_of_control_groups, g35_a_guest_reaches_neither_host_nor_guest_nor_private_ranges;
         guest: g23_clones_share_no_randomness_and_no_name,
             g24_the_clock_is_right_however_long_a_machine_waited, programs_find_who_and_where_they_are,
             g33_the_hosts_routes_are_closed_from_inside,
@@ -91,11 +91,27 @@ fn exclusive() -> Vec<(&'static str, Exclusive)> {
         snapshots: g02_g04_paused_sandboxes_outlive_the_server,
             g16_a_damaged_snapshot_is_named_and_not_started;
         server: g02_ctrl_c_leaves_sandboxes_to_the_next_server, g02_sigkill_loses_no_sandbox,
-            g06_a_machine_that_dies_is_noticed, down_destroy_ends_everything, doctor_says_what_this_host_can_do;
+            g06_a_machine_that_dies_is_noticed_and_explained, down_destroy_ends_everything, doctor_says_what_this_host_can_do;
     }
 }
 
+/// Run in a guest, where the control groups are of the other version: `e2e check-cgroups`.
+const CHECK_CGROUPS: &str = "check-cgroups";
+
 fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(CHECK_CGROUPS) {
+        let runtime = Runtime::new().expect("a runtime");
+        return match runtime.block_on(wrenn_host::cgroups::self_check()) {
+            Ok(version) => {
+                eprintln!("{version}");
+                ExitCode::SUCCESS
+            }
+            Err(why) => {
+                eprintln!("{why}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let arguments = Arguments::from_args();
     let runtime = Arc::new(Runtime::new().expect("a runtime"));
     let data_dir = data_root().join("main");

@@ -158,35 +158,92 @@ pub(crate) async fn g02_sigkill_loses_no_sandbox(data_dir: &Path) {
     HostState::read(data_dir, None).expect_nothing_alive();
 }
 
-pub(crate) async fn g06_a_machine_that_dies_is_noticed(data_dir: &Path) {
-    let server = Server::start(data_dir).await;
-    let api = server.api();
-    let id = api.create(&json!({})).await;
-    let folder = server.machine_folder(&id).expect("a machine's folder");
+fn monitor_of(folder: &Path) -> Pid {
     let journal = fs::read(folder.join("vm/machine.json")).expect("the machine's journal");
     let journal: Value = serde_json::from_slice(&journal).expect("JSON");
-    let pid = vm_pid(&journal).unwrap_or_else(|| panic!("no pid of QEMU in {journal}"));
-    kill_process(pid, Signal::KILL).expect("QEMU is there");
+    vm_pid(&journal).unwrap_or_else(|| panic!("no pid of QEMU in {journal}"))
+}
+
+/// Waits until the sandbox has a death certificate with this cause.
+async fn explained(api: &Api, id: &str, cause: &str) -> Value {
+    let why = eventually("its end is explained", Duration::from_secs(10), || async {
+        let why = api.get(&format!("/v1/sandboxes/{id}/why")).await.json();
+        why["death"].is_object().then_some(why)
+    })
+    .await;
+    assert_eq!(why["status"], "error", "{why}");
+    let death = &why["death"];
+    assert_eq!(death["cause"], cause, "{why}");
+    let console = death["console"].as_str().unwrap_or_default();
+    assert!(console.contains("envd"), "the end of its console: {why}");
+    why
+}
+
+pub(crate) async fn g06_a_machine_that_dies_is_noticed_and_explained(data_dir: &Path) {
+    let mut server = Server::start(data_dir).await;
+    let api = server.api();
+    let [killed, off, unwatched] = [
+        api.create(&json!({})).await,
+        api.create(&json!({})).await,
+        api.create(&json!({})).await,
+    ];
+    let folder = server.machine_folder(&killed).expect("a machine's folder");
+    api.shell(&killed, "true # the last one").await;
+    kill_process(monitor_of(&folder), Signal::KILL).expect("QEMU is there");
     let seen = eventually(
         "the end of a machine is noticed",
         Duration::from_secs(5),
         || async {
-            let answer = api.get(&format!("/v1/sandboxes/{id}")).await;
-            (answer.status != 200 || answer.json()["status"] != "running")
-                .then(|| answer.describe())
+            let answer = api.get(&format!("/v1/sandboxes/{killed}")).await;
+            (answer.json()["status"] == "error").then(|| answer.describe())
         },
     )
     .await;
-    assert!(
-        seen.contains("signal") || seen.contains("died") || seen.contains("ended"),
-        "why? {seen}"
-    );
+    assert!(seen.contains("signal 9"), "why? {seen}");
+    let why = explained(&api, &killed, "killed").await;
+    let death = &why["death"];
+    assert_eq!(death["actor"], "host");
+    let last = death["last_command"].as_str().unwrap_or_default();
+    assert!(last.contains("the last one"), "{why}");
+    let kinds: Vec<_> = why["events"]
+        .as_array()
+        .expect("events")
+        .iter()
+        .map(|e| &e["event"])
+        .collect();
+    assert_eq!(kinds, ["started", "ended"]);
     eventually(
         "its folder is given back",
         Duration::from_secs(20),
         || async { (!folder.exists()).then_some(()) },
     )
     .await;
+
+    // What the guest does itself.
+    let body = json!({"cmd": "/usr/bin/sudo", "args": ["poweroff", "-f"], "background": true});
+    api.post(&format!("/v1/sandboxes/{off}/exec"), &body).await;
+    assert_eq!(
+        explained(&api, &off, "powered_off").await["death"]["actor"],
+        "guest"
+    );
+
+    // What happens while nobody is there to see it.
+    let folder = server
+        .machine_folder(&unwatched)
+        .expect("a machine's folder");
+    server.signal(Signal::KILL);
+    server.wait().await;
+    kill_process(monitor_of(&folder), Signal::KILL).expect("QEMU is there");
+    server = Server::start(data_dir).await;
+    explained(&server.api(), &unwatched, "killed").await;
+    let cli = Cli::new(data_dir)
+        .run(&["sandbox", "why", &unwatched])
+        .await;
+    let said = cli.expect_code(0).stdout;
+    assert!(
+        said.contains("signal 9") && said.contains("end of its console"),
+        "{said}"
+    );
     server.destroy().await;
 }
 

@@ -18,9 +18,11 @@ use wrenn_vmm::{
     state_file,
 };
 
+use super::name_of;
 use super::{
     LiveMachine, MachineError, Phases, RECORD, RECORD_VERSION, Record, Site, files, write_json,
 };
+use crate::cgroups::Limits;
 use crate::guest::Guest;
 use crate::snapshots::{SnapshotPages, blocking, firmware_part};
 use crate::template::LoadedTemplate;
@@ -97,7 +99,29 @@ impl Ground {
         if let Err(error) = files::remove_folder(&self.folder).await {
             tracing::error!(%error, "the folder of a machine that did not start stays");
         }
+        if let Err(error) = site.cgroups.remove(&name_of(&self.folder)).await {
+            tracing::error!(%error, "the control group of a machine that did not start stays");
+        }
         site.slots.give_back(self.slot).await;
+    }
+
+    /// Limits what a machine's processes may use, before its guest runs user code.
+    fn confine(
+        &self,
+        site: &Site,
+        shape: Shape,
+        vm: &Arc<dyn Machine>,
+    ) -> Result<(), MachineError> {
+        let pids = vm.pids();
+        let (name, limits) = (name_of(&self.folder), Limits::of(shape));
+        let confined = site
+            .cgroups
+            .confine(&name, limits, &[pids.keeper.pid, pids.vmm.pid]);
+        confined.map_err(|source| MachineError::File {
+            action: "limit the processes of",
+            path: self.folder.clone(),
+            source,
+        })
     }
 
     async fn spec(
@@ -120,6 +144,13 @@ impl Ground {
             identity,
             companions: vec![dns.udp, dns.tcp],
         })
+    }
+}
+
+/// Ends a machine that could not be limited.
+async fn kill_unconfined(vm: &Arc<dyn Machine>) {
+    if let Err(error) = vm.kill().await {
+        tracing::error!(%error, "a machine that could not be limited could not be ended either");
     }
 }
 
@@ -280,7 +311,17 @@ pub async fn restore(
         phases.note("restore", &mut clock);
         Ok((vm, record, restore_id))
     };
-    match inner.await {
+    let inner = match inner.await {
+        Ok((vm, record, restore_id)) => match ground.confine(site, manifest.shape, &vm) {
+            Ok(()) => Ok((vm, record, restore_id)),
+            Err(error) => {
+                kill_unconfined(&vm).await;
+                Err(error)
+            }
+        },
+        Err(error) => Err(error),
+    };
+    match inner {
         Ok((vm, record, restore_id)) => {
             let guest = Guest::new(ground.slot.guest());
             let Ground { slot, folder, .. } = ground;
@@ -384,6 +425,10 @@ pub async fn boot_for_template(
                 memory: memory.clone(),
             })
             .await?;
+        if let Err(error) = ground.confine(site, shape, &vm) {
+            kill_unconfined(&vm).await;
+            return Err(error);
+        }
         Ok((vm, host_token, restore_id, memory))
     };
     match inner.await {

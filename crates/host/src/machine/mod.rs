@@ -22,6 +22,7 @@ use wrenn_snapshot::SnapshotError;
 use wrenn_types::{AccessToken, SecretError, Shape};
 use wrenn_vmm::{Machine, Vmm, VmmError};
 
+use crate::cgroups::Cgroups;
 use crate::config::HostConfig;
 use crate::guest::{Guest, GuestError};
 
@@ -33,6 +34,8 @@ pub struct Site {
     pub vmm: Arc<dyn Vmm>,
     /// Where their networks come from.
     pub slots: SlotPool,
+    /// What limits their processes.
+    pub cgroups: Cgroups,
 }
 
 /// Why a machine cannot be had.
@@ -120,6 +123,12 @@ impl Record {
     }
 }
 
+/// What a machine is called after its folder: `m-…`.
+pub fn name_of(folder: &Path) -> String {
+    let name = folder.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
 /// A machine that is up, running or stopped.
 pub struct LiveMachine {
     /// Its VM.
@@ -158,6 +167,9 @@ impl LiveMachine {
         drop(vm);
         if let Err(error) = files::remove_folder(&folder).await {
             tracing::error!(%error, "the machine's folder stays");
+        }
+        if let Err(error) = site.cgroups.remove(&name_of(&folder)).await {
+            tracing::error!(%error, "the machine's control group stays");
         }
         site.slots.give_back(slot).await;
     }

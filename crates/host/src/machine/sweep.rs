@@ -8,7 +8,7 @@ use serde::Serialize;
 use wrenn_net::NetError;
 
 use super::{LiveMachine, MachineError, Site, files};
-use crate::agent::{AgentError, build_site, lock_data_dir};
+use crate::agent::{AgentError, build_site, lock_data_dir, sweep_cgroups};
 use crate::config::HostConfig;
 use crate::guest::chain;
 use crate::sandbox::{Journal, Paused};
@@ -114,6 +114,8 @@ pub async fn sweep(
             tracing::warn!(slot, error = %chain(error), "a network slot stays");
         }
         site.slots.shutdown().await;
+        sweep_cgroups(&site).await?;
+        site.cgroups.close();
     }
     Ok(report)
 }

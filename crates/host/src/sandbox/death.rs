@@ -60,6 +60,20 @@ impl End {
         }
     }
 
+    /// The same, and the kernel says that the machine had reached its memory limit.
+    pub fn out_of_memory(self) -> End {
+        let what = "the kernel ended its machine, which had used all the memory it may";
+        End {
+            cause: "out_of_memory",
+            actor: Actor::Host,
+            reason: Some(match self.reason {
+                Some(how) => format!("{what}: {how}"),
+                None => what.to_owned(),
+            }),
+            ..self
+        }
+    }
+
     /// Its machine has ended like this; `None` when nobody saw it.
     pub fn by_itself(exit: Option<&ExitReason>, console: &[u8]) -> End {
         let (cause, actor) = match exit.map(|exit| exit.cause) {

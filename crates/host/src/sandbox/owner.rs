@@ -31,7 +31,7 @@ use crate::activity::Activity;
 use crate::events::{Actor, DeathCertificate, EventLog, Kind};
 use crate::guest::{Restored, chain};
 use crate::lifetime::Lifetime;
-use crate::machine::{LiveMachine, Phases, Site};
+use crate::machine::{LiveMachine, Phases, Site, name_of};
 use crate::metrics::Series;
 use crate::pool::Pool;
 use crate::sandbox::handle::PauseDone;
@@ -305,7 +305,10 @@ impl Owner {
                     None => return Next::Break(()),
                 },
                 how = death(&mut exited) => {
+                    let group = name_of(&machine.folder);
+                    let killed = self.common.site.cgroups.oom_kills(&group);
                     let end = End::by_itself(how.as_ref(), &console_of(&machine));
+                    let end = if killed > 0 { end.out_of_memory() } else { end };
                     return self.end(machine, &journal, end, None).await;
                 }
                 over = nap(deadline) => {

@@ -52,7 +52,7 @@ pub(crate) struct DeathBody {
     #[schema(format = DateTime)]
     timestamp: String,
     /// The class of the reason: `request`, `expired`, `powered_off`, `killed`,
-    /// `monitor_failed`, `unseen` or `start_failed`.
+    /// `out_of_memory`, `monitor_failed`, `unseen` or `start_failed`.
     cause: String,
     /// On whose account: `request`, `clock`, `guest` or `host`.
     actor: String,

@@ -1,0 +1,409 @@
+//! Limits of a machine's processes: a control group each, in whichever version this host has.
+//!
+//! ```text
+//! v2  /sys/fs/cgroup/wrenn/m-0123…/{cpu.max, memory.max, pids.max}
+//! v1  /sys/fs/cgroup/{cpu, memory, pids}/wrenn/m-0123…/…
+//! ```
+//!
+//! A group has its machine's folder's name, so that whoever finds one without a folder knows
+//! that nobody needs it. Processes are moved in when the machine is loaded and before its guest
+//! runs; what a monitor has allocated until then counts for the agent.
+//!
+//! Files and their units: `Documentation/admin-guide/cgroup-v1/` and `cgroup-v2.rst` of Linux.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use wrenn_types::Shape;
+
+/// Where control groups are mounted.
+const MOUNTED: &str = "/sys/fs/cgroup";
+/// The period of processor quotas, in microseconds; the kernel's own default.
+const PERIOD: u64 = 100_000;
+/// Processor time that a monitor may use beside that of its guest's processors, in percent of
+/// one: its disk and network are served by other threads.
+const MONITOR_PERCENT: u64 = 50;
+/// Memory that a monitor may use beside its guest's, in bytes: the cache of translated code,
+/// page tables, devices, buffers of its disk.
+const MONITOR_BYTES: u64 = 512 << 20;
+/// Threads and processes of a machine: processors, up to 64 threads for files, the keeper.
+const TASKS: u64 = 160;
+/// How long a group whose last process was just killed may take to be empty.
+const EMPTY_WITHIN: Duration = Duration::from_secs(2);
+
+/// The controllers that are used.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+
+/// What a machine may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Processor time, in percent of one processor.
+    pub cpu_percent: u64,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// Processes and threads.
+    pub tasks: u64,
+}
+
+impl Limits {
+    /// Those of a machine of this shape.
+    pub fn of(shape: Shape) -> Limits {
+        Limits {
+            cpu_percent: u64::from(shape.vcpus.0) * 100 + MONITOR_PERCENT,
+            memory: shape.memory.bytes() + MONITOR_BYTES,
+            tasks: TASKS,
+        }
+    }
+}
+
+/// Which control groups this host has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Layout {
+    /// One tree for all.
+    Unified(PathBuf),
+    /// A tree for each controller, of those that are there.
+    PerController(Vec<(&'static str, PathBuf)>),
+    /// None that can be used, and why.
+    Missing(String),
+}
+
+/// The control groups of an agent's machines.
+#[derive(Debug, Clone)]
+pub struct Cgroups {
+    layout: Layout,
+    /// The folder of all groups of this agent.
+    name: String,
+}
+
+impl Cgroups {
+    /// Looks which ones this host has. `name` is the folder for the groups of this agent.
+    pub fn probe(name: &str) -> Cgroups {
+        Cgroups::probe_at(Path::new(MOUNTED), name)
+    }
+
+    fn probe_at(mounted: &Path, name: &str) -> Cgroups {
+        let layout = match fs::read_to_string(mounted.join("cgroup.controllers")) {
+            Ok(controllers) => unified(mounted, &controllers, name),
+            Err(_) => per_controller(mounted, name),
+        };
+        Cgroups {
+            layout,
+            name: name.to_owned(),
+        }
+    }
+
+    /// What is in use, for people: `v2`, `v1: cpu, memory, pids`, or why there is nothing.
+    pub fn describe(&self) -> Result<String, String> {
+        match &self.layout {
+            Layout::Unified(_) => Ok("v2: cpu, memory, pids".to_owned()),
+            Layout::PerController(trees) => {
+                let names: Vec<&str> = trees.iter().map(|(name, _)| *name).collect();
+                Ok(format!("v1: {}", names.join(", ")))
+            }
+            Layout::Missing(why) => Err(why.clone()),
+        }
+    }
+
+    /// The folders of a group, with the controllers that each has.
+    fn folders(&self, machine: &str) -> Vec<(&'static str, PathBuf)> {
+        match &self.layout {
+            Layout::Unified(root) => vec![("", root.join(&self.name).join(machine))],
+            Layout::PerController(trees) => trees
+                .iter()
+                .map(|(controller, tree)| (*controller, tree.join(&self.name).join(machine)))
+                .collect(),
+            Layout::Missing(_) => Vec::new(),
+        }
+    }
+
+    /// Puts processes into a group of their own with these limits. On a host without control
+    /// groups it does nothing, which [`Cgroups::describe`] tells.
+    pub fn confine(&self, machine: &str, limits: Limits, pids: &[u32]) -> io::Result<()> {
+        for (controller, folder) in self.folders(machine) {
+            fs::create_dir_all(&folder).map_err(|e| named("make", &folder, e))?;
+            for (file, value) in settings(controller, limits) {
+                write(&folder.join(file), &value)?;
+            }
+            for pid in pids {
+                write(&folder.join("cgroup.procs"), &pid.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many processes of the group the kernel has killed for want of memory; 0 where that is
+    /// not known.
+    pub fn oom_kills(&self, machine: &str) -> u64 {
+        let folders = self.folders(machine);
+        let counts = folders.iter().filter_map(|(controller, folder)| {
+            let file = match *controller {
+                "" => "memory.events",
+                "memory" => "memory.oom_control",
+                _ => return None,
+            };
+            let text = fs::read_to_string(folder.join(file)).ok()?;
+            let count = text
+                .lines()
+                .find_map(|line| line.strip_prefix("oom_kill "))?;
+            count.trim().parse::<u64>().ok()
+        });
+        counts.sum()
+    }
+
+    /// Removes a group once its processes have ended; none at all is no error.
+    pub async fn remove(&self, machine: &str) -> io::Result<()> {
+        for (_, folder) in self.folders(machine) {
+            let began = std::time::Instant::now();
+            loop {
+                match fs::remove_dir(&folder) {
+                    Ok(()) => break,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                    Err(error)
+                        if error.kind() == io::ErrorKind::ResourceBusy
+                            && began.elapsed() < EMPTY_WITHIN =>
+                    {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
+                    Err(error) => return Err(named("remove", &folder, error)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The machines that have a group.
+    pub fn machines(&self) -> Vec<String> {
+        let mut names: Vec<String> = self
+            .folders("")
+            .iter()
+            // Of a folder that is not there nothing is left over.
+            .filter_map(|(_, folder)| fs::read_dir(folder).ok())
+            .flatten()
+            .filter_map(Result::ok)
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// Removes the groups of machines that are not among `alive`, and what is empty then.
+    /// Returns those it removed; one that has processes stays and is told to the log.
+    pub async fn sweep(&self, alive: &[String]) -> Vec<String> {
+        let mut removed = Vec::new();
+        for machine in self.machines() {
+            if alive.contains(&machine) {
+                continue;
+            }
+            match self.remove(&machine).await {
+                Ok(()) => removed.push(machine),
+                Err(error) => tracing::warn!(%error, "a control group that nobody needs stays"),
+            }
+        }
+        removed
+    }
+
+    /// Removes the folder of all groups, if none is left.
+    pub fn close(&self) {
+        for (_, folder) in self.folders("") {
+            if let Err(error) = fs::remove_dir(&folder)
+                && !matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::ResourceBusy
+                        | io::ErrorKind::DirectoryNotEmpty
+                )
+            {
+                tracing::warn!(folder = %folder.display(), %error, "a control group stays");
+            }
+        }
+    }
+}
+
+fn unified(mounted: &Path, controllers: &str, name: &str) -> Layout {
+    let has = |wanted: &&str| controllers.split_whitespace().any(|c| c == *wanted);
+    if let Some(lacking) = CONTROLLERS.iter().find(|wanted| !has(wanted)) {
+        return Layout::Missing(format!(
+            "control groups v2 without the controller {lacking}"
+        ));
+    }
+    let folder = mounted.join(name);
+    let ready = || -> io::Result<()> {
+        // From the root down each folder has to pass the controllers on to those in it.
+        write(
+            &mounted.join("cgroup.subtree_control"),
+            "+cpu +memory +pids",
+        )?;
+        fs::create_dir_all(&folder).map_err(|e| named("make", &folder, e))?;
+        write(&folder.join("cgroup.subtree_control"), "+cpu +memory +pids")
+    };
+    match ready() {
+        Ok(()) => Layout::Unified(mounted.to_owned()),
+        Err(error) => Layout::Missing(format!("control groups v2 cannot be used: {error}")),
+    }
+}
+
+fn per_controller(mounted: &Path, name: &str) -> Layout {
+    let mut trees = Vec::new();
+    let mut why = "no control groups are mounted".to_owned();
+    for controller in CONTROLLERS {
+        let tree = mounted.join(controller);
+        let usable = fs::metadata(tree.join("cgroup.procs"))
+            .and_then(|_| fs::create_dir_all(tree.join(name)));
+        match usable {
+            Ok(()) => trees.push((controller, tree)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => why = format!("{} cannot be used: {error}", tree.display()),
+        }
+    }
+    match trees.is_empty() {
+        true => Layout::Missing(why),
+        false => Layout::PerController(trees),
+    }
+}
+
+/// The files that set limits, with what is written to them. `""` is the tree of version 2.
+fn settings(controller: &str, limits: Limits) -> Vec<(&'static str, String)> {
+    let quota = limits.cpu_percent * PERIOD / 100;
+    let (memory, tasks) = (limits.memory.to_string(), limits.tasks.to_string());
+    match controller {
+        "" => vec![
+            ("cpu.max", format!("{quota} {PERIOD}")),
+            ("memory.max", memory),
+            ("pids.max", tasks),
+        ],
+        "cpu" => vec![
+            ("cpu.cfs_period_us", PERIOD.to_string()),
+            ("cpu.cfs_quota_us", quota.to_string()),
+        ],
+        "memory" => vec![("memory.limit_in_bytes", memory)],
+        "pids" => vec![("pids.max", tasks)],
+        _ => Vec::new(),
+    }
+}
+
+fn write(path: &Path, value: &str) -> io::Result<()> {
+    // Not `fs::write`: these files are there, and must not be made.
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .map_err(|e| named("open", path, e))?;
+    io::Write::write_all(&mut file, value.as_bytes())
+        .map_err(|e| named(&format!("write `{value}` to"), path, e))
+}
+
+fn named(doing: &str, path: &Path, error: io::Error) -> io::Error {
+    io::Error::new(
+        error.kind(),
+        format!("cannot {doing} {}: {error}", path.display()),
+    )
+}
+
+/// Confines a process to a group that it fills, on the host this runs on: real control groups
+/// of whichever version. Prints what was seen; the end-to-end tests run it on the host and, for
+/// the other version, in a guest.
+///
+/// # Errors
+///
+/// What did not hold.
+pub async fn self_check() -> Result<String, String> {
+    let name = format!("wrenn-check-{}", std::process::id());
+    let cgroups = Cgroups::probe(&name);
+    let version = cgroups.describe()?;
+    let limits = Limits {
+        cpu_percent: 20,
+        memory: 32 << 20,
+        tasks: 8,
+    };
+    // It waits to be told to begin, so that what it allocates counts in the group.
+    let mut child = tokio::process::Command::new("/bin/bash")
+        .args(["-c", "read go; exec tail /dev/zero"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|e| format!("no process to confine: {e}"))?;
+    let pid = child.id().ok_or("it has ended already")?;
+    let checked = async {
+        cgroups
+            .confine("m-check", limits, &[pid])
+            .map_err(|e| e.to_string())?;
+        let own = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|e| e.to_string())?;
+        if !own.contains("m-check") {
+            return Err(format!("the process is not in its group: {own}"));
+        }
+        for (controller, folder) in cgroups.folders("m-check") {
+            for (file, value) in settings(controller, limits) {
+                let set = fs::read_to_string(folder.join(file)).map_err(|e| e.to_string())?;
+                if set.trim() != value {
+                    return Err(format!("{file} is {set}, not {value}"));
+                }
+            }
+        }
+        let mut input = child.stdin.take().ok_or("no input")?;
+        tokio::io::AsyncWriteExt::write_all(&mut input, b"go\n")
+            .await
+            .map_err(|e| e.to_string())?;
+        let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await;
+        let status = ended
+            .map_err(|_| "it was not stopped by its memory limit")?
+            .map_err(|e| e.to_string())?;
+        if std::os::unix::process::ExitStatusExt::signal(&status) != Some(9) {
+            return Err(format!(
+                "it was to be killed for want of memory, not: {status}"
+            ));
+        }
+        match cgroups.oom_kills("m-check") {
+            0 => Err("the kernel's kill was not counted".to_owned()),
+            _ => Ok(()),
+        }
+    };
+    let checked = checked.await;
+    let removed = cgroups.remove("m-check").await;
+    cgroups.close();
+    checked?;
+    removed.map_err(|e| e.to_string())?;
+    match cgroups.machines().is_empty() {
+        true => Ok(version),
+        false => Err("a group is left over".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn g38_limits_follow_the_shape() {
+        let limits = Limits::of(Shape::DEFAULT);
+        assert_eq!(limits.cpu_percent, 150);
+        assert_eq!(limits.memory, 1 << 30);
+        let v2 = settings("", limits);
+        assert_eq!(v2[0], ("cpu.max", "150000 100000".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn a_host_without_control_groups_says_so_and_confines_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroups = Cgroups::probe_at(dir.path(), "wrenn");
+        assert!(cgroups.describe().is_err());
+        cgroups
+            .confine("m-1", Limits::of(Shape::DEFAULT), &[1])
+            .unwrap();
+        cgroups.remove("m-1").await.unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn version_2_without_a_controller_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("cgroup.controllers"), "cpu pids\n").unwrap();
+        let why = Cgroups::probe_at(dir.path(), "wrenn")
+            .describe()
+            .unwrap_err();
+        assert!(why.contains("memory"), "{why}");
+    }
+}
