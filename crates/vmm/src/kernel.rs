@@ -8,6 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -37,6 +38,54 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; the hook makes
     // two system calls and neither allocates nor locks.
     unsafe { command.pre_exec(hook) };
+}
+
+/// Runs `hook` in the child of `command` before the program; an error there fails the spawn.
+/// Only for a process that has one thread: the child is a copy in which no lock is held by a
+/// thread that is not there.
+pub(crate) fn before_program(
+    command: &mut Command,
+    hook: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) {
+    // SAFETY: what is forbidden between fork and exec, allocation above all, is so because
+    // another thread of the parent may have held a lock. The only caller is the keeper, whose
+    // second thread starts after its monitor.
+    unsafe { command.pre_exec(hook) };
+}
+
+/// Gives the calling process, which has one thread, namespaces of its own.
+pub(crate) fn unshare(namespaces: UnshareFlags) -> io::Result<()> {
+    debug_assert!(!namespaces.contains(UnshareFlags::FILES));
+    // SAFETY: unshare is unsafe because of CLONE_FILES, which would give this thread another
+    // descriptor table than the rest of the process has. Callers ask for namespaces only.
+    unsafe { unshare_unsafe(namespaces) }?;
+    Ok(())
+}
+
+/// Name and network namespace of a tap.
+pub(crate) fn tap_origin(tap: &OwnedFd) -> io::Result<(String, OwnedFd)> {
+    use std::os::fd::FromRawFd;
+    /// `_IOR('T', 210, unsigned int)`, though the kernel writes a `struct ifreq`.
+    const TUNGETIFF: libc::c_ulong = 0x8004_54D2;
+    const SIOCGSKNS: libc::c_ulong = 0x894C;
+    /// `struct ifreq`: 16 bytes of name, 24 of union.
+    const IFREQ: usize = 40;
+    let mut request = [0u8; IFREQ];
+    // SAFETY: the kernel writes one `struct ifreq`, which is as long as `request`.
+    let told = unsafe { libc::ioctl(tap.as_raw_fd(), TUNGETIFF, request.as_mut_ptr()) };
+    if told < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the request takes no argument.
+    let namespace = unsafe { libc::ioctl(tap.as_raw_fd(), SIOCGSKNS) };
+    if namespace < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: SIOCGSKNS returned a new descriptor that nothing else owns.
+    let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
+    let name = request[..16].split(|byte| *byte == 0).next();
+    let name = String::from_utf8(name.unwrap_or_default().to_vec()).map_err(io::Error::other)?;
+    Ok((name, namespace))
 }
 
 /// The processor's time stamp counter.

@@ -121,6 +121,16 @@ impl MemoryFile {
         self.bytes
     }
 
+    /// Writes whole pages from page `first` on.
+    pub(crate) fn write_at(&self, first: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        let written = self.file.write_all_at(bytes, first * PAGE as u64);
+        written.map_err(|source| MemoryError::Memfd {
+            doing: "write",
+            bytes: self.bytes,
+            source,
+        })
+    }
+
     #[cfg(test)]
     pub(crate) fn write_for_tests(&self, content: &[u8]) {
         let pages = content.chunks(PAGE).enumerate();
@@ -200,26 +210,23 @@ impl SealedMemory {
 
     /// The parts of `range` that may hold something else than zeros.
     pub(crate) fn data_in(&self, range: PageRange) -> Result<Vec<PageRange>, MemoryError> {
-        let page = PAGE as u64;
-        let end = (range.end() * page).min(self.bytes);
-        let mut parts = Vec::new();
-        let mut at = range.first * page;
-        while at < end {
-            let data = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
-                Ok(data) if data < end => data,
-                Ok(_) | Err(rustix::io::Errno::NXIO) => break,
-                Err(error) => return Err(self.unreadable(error.into())),
-            };
-            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(data))
-                .map_err(|error| self.unreadable(error.into()))?;
-            at = hole.next_multiple_of(page).min(end);
-            let first = data / page;
-            parts.push(PageRange {
-                first,
-                count: at / page - first,
-            });
-        }
-        Ok(parts)
+        let end = range.end().min(self.bytes / PAGE as u64);
+        data_in(&self.file, range.first, end).map_err(|source| self.unreadable(source))
+    }
+
+    /// Another handle of the same memory.
+    pub(crate) fn another(&self) -> Result<SealedMemory, MemoryError> {
+        let file = self.file.try_clone();
+        Ok(SealedMemory {
+            file: file.map_err(|source| self.unreadable(source))?,
+            bytes: self.bytes,
+        })
+    }
+
+    /// The memory behind a descriptor, found again after its agent has ended.
+    pub(crate) fn from_file(file: File) -> io::Result<SealedMemory> {
+        let bytes = file.metadata()?.len();
+        Ok(SealedMemory { file, bytes })
     }
 
     fn unreadable(&self, source: io::Error) -> MemoryError {
@@ -281,6 +288,30 @@ impl SealedMemory {
         }
         memory.seal()
     }
+}
+
+/// The parts of a sparse file between pages `first` and `end` that are not holes; ascending,
+/// not adjacent.
+pub(crate) fn data_in(file: &File, first: u64, end: u64) -> io::Result<Vec<PageRange>> {
+    let page = PAGE as u64;
+    let end = end.saturating_mul(page);
+    let mut parts = Vec::new();
+    let mut at = first.saturating_mul(page);
+    while at < end {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) if data < end => data,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(data))?;
+        at = hole.next_multiple_of(page).min(end);
+        let first = data / page;
+        parts.push(PageRange {
+            first,
+            count: at / page - first,
+        });
+    }
+    Ok(parts)
 }
 
 /// Copies what is not zero from `from` to `to` (of the same size, all holes), if there is
