@@ -62,9 +62,31 @@ pub(crate) fn unshare(namespaces: UnshareFlags) -> io::Result<()> {
     Ok(())
 }
 
-/// Name and network namespace of a tap.
-pub(crate) fn tap_origin(tap: &OwnedFd) -> io::Result<(String, OwnedFd)> {
+/// Lets this user open a tap by its name, and nobody else without rights over its network.
+pub(crate) fn give_tap(tap: &OwnedFd, uid: u32) -> io::Result<()> {
+    /// `_IOW('T', 204, int)`.
+    const TUNSETOWNER: libc::c_ulong = 0x4004_54CC;
+    // SAFETY: the request takes a number, not a pointer.
+    let given = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOWNER, libc::c_ulong::from(uid)) };
+    match given {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Where a tap comes from.
+pub(crate) struct TapOrigin {
+    pub(crate) name: String,
+    /// Its network namespace.
+    pub(crate) namespace: OwnedFd,
+    /// Whether it outlives its descriptors.
+    pub(crate) stays: bool,
+}
+
+/// Asks a tap where it comes from.
+pub(crate) fn tap_origin(tap: &OwnedFd) -> io::Result<TapOrigin> {
     use std::os::fd::FromRawFd;
+    const IFF_PERSIST: u16 = 0x0800;
     /// `_IOR('T', 210, unsigned int)`, though the kernel writes a `struct ifreq`.
     const TUNGETIFF: libc::c_ulong = 0x8004_54D2;
     const SIOCGSKNS: libc::c_ulong = 0x894C;
@@ -85,7 +107,11 @@ pub(crate) fn tap_origin(tap: &OwnedFd) -> io::Result<(String, OwnedFd)> {
     let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
     let name = request[..16].split(|byte| *byte == 0).next();
     let name = String::from_utf8(name.unwrap_or_default().to_vec()).map_err(io::Error::other)?;
-    Ok((name, namespace))
+    Ok(TapOrigin {
+        name,
+        namespace,
+        stays: u16::from_le_bytes([request[16], request[17]]) & IFF_PERSIST != 0,
+    })
 }
 
 /// The processor's time stamp counter.

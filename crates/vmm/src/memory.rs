@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use sha2::{Digest as _, Sha256};
 
 use crate::{Digest, PageRange};
@@ -119,6 +119,42 @@ impl MemoryFile {
     /// Size in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// The memory behind a descriptor, found again after its agent has ended.
+    pub(crate) fn from_file(file: File) -> io::Result<MemoryFile> {
+        let bytes = file.metadata()?.len();
+        Ok(MemoryFile { file, bytes })
+    }
+
+    /// Gives back the room of all pages that hold nothing but zeros. Blocking.
+    pub(crate) fn drop_zeros(&self) -> Result<(), MemoryError> {
+        let failed = |source: io::Error| MemoryError::Memfd {
+            doing: "thin out",
+            bytes: self.bytes,
+            source,
+        };
+        let mut buffer = vec![0; CHUNK];
+        let parts = data_in(&self.file, 0, self.bytes / PAGE as u64).map_err(failed)?;
+        for part in parts {
+            let (mut at, end) = (part.first * PAGE as u64, part.end() * PAGE as u64);
+            while at < end {
+                // At most CHUNK, so it fits a usize.
+                let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
+                self.file.read_exact_at(chunk, at).map_err(failed)?;
+                for_runs(chunk, true, |offset, zeros| {
+                    rustix::fs::fallocate(
+                        &self.file,
+                        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                        at + offset as u64,
+                        zeros.len() as u64,
+                    )
+                    .map_err(|error| failed(error.into()))
+                })?;
+                at += chunk.len() as u64;
+            }
+        }
+        Ok(())
     }
 
     /// Writes whole pages from page `first` on.
@@ -347,7 +383,7 @@ fn copy(
             // At most CHUNK, so it fits a usize.
             let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
             from.read_exact_at(chunk, at).map_err(failed("read"))?;
-            for_data_runs(chunk, |offset, data| {
+            for_runs(chunk, false, |offset, data| {
                 let offset = at + offset as u64;
                 if let Some(to) = to {
                     to.write_all_at(data, offset).map_err(failed("write"))?;
@@ -361,17 +397,18 @@ fn copy(
     Ok(runs.finish())
 }
 
-/// Calls `found` with each run of pages in `chunk` that are not all zero.
-fn for_data_runs(
+/// Calls `found` with each run of pages in `chunk` that are all zero, or that are not.
+fn for_runs(
     chunk: &[u8],
+    zero: bool,
     mut found: impl FnMut(usize, &[u8]) -> Result<(), MemoryError>,
 ) -> Result<(), MemoryError> {
     let mut start = None;
     for (index, page) in chunk.chunks(PAGE).enumerate() {
         let at = index * PAGE;
-        match (is_zero(page), start) {
-            (false, None) => start = Some(at),
-            (true, Some(from)) => {
+        match (is_zero(page) == zero, start) {
+            (true, None) => start = Some(at),
+            (false, Some(from)) => {
                 found(from, &chunk[from..at])?;
                 start = None;
             }

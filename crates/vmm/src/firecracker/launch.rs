@@ -19,7 +19,7 @@ use super::model::{
 };
 use crate::delta_file::{DeltaFile, compose};
 use crate::keeper::{self, Bind, Console, FIRST_FD, Jail};
-use crate::kernel::tap_origin;
+use crate::kernel::{TapOrigin, give_tap, tap_origin};
 use crate::machine::{BootFiles, DiskChain, IDENTITY_BYTES, MachineSpec};
 use crate::memfd::{copy_of, new_memfd};
 use crate::record::Monitor;
@@ -64,16 +64,10 @@ pub(super) fn in_jail(fd: i32) -> String {
     format!("/fd/{fd}")
 }
 
-/// A machine's network card on the host's side.
-struct Tap {
-    name: String,
-    namespace: OwnedFd,
-}
-
 /// What is the same for all ways to start.
 struct Ground {
     spec: MachineSpec,
-    tap: Option<Tap>,
+    tap: Option<TapOrigin>,
     disk: DiskInJail,
     state: File,
 }
@@ -91,7 +85,8 @@ impl FirecrackerVmm {
         let shared =
             shared.map_err(|source| own_file("cannot share the memory of", &dir, source))?;
         let fds = vec![shared, kernel, initramfs];
-        let (ground, machine) = self.start(ground, Origin::Booted, None, fds).await?;
+        let origin = Origin::Booted(memory);
+        let (ground, machine) = self.start(ground, origin, None, fds).await?;
         let configured = self.configure(&ground, &machine).await;
         machine.or_end(configured).await
     }
@@ -290,21 +285,24 @@ impl FirecrackerVmm {
             let patience = SNAPSHOT_PATIENCE.max(self.patience());
             let began = Instant::now();
             let asked = machine.api().put("/snapshot/load", &load, patience).await;
-            match machine.explain("loading its state", asked).await {
-                // It ends when it cannot load something, and says why before.
+            let why = match machine.explain("loading its state", asked).await {
+                Ok(()) => None,
                 Err(VmmError::Api {
                     source: ApiError::Refused { message, .. },
                     ..
-                }) => {
-                    return Err(VmmError::State {
-                        doing: "loaded",
-                        why: format!(
-                            "{}: {message}; start cold from the disk instead, or make the template again here",
-                            path_of(state)
-                        ),
-                    });
-                }
-                other => other?,
+                }) => Some(message),
+                // It ends when it cannot load something, sometimes before its answer is out.
+                Err(VmmError::Ended { reason, .. }) => Some(reason.to_string()),
+                Err(error) => return Err(error),
+            };
+            if let Some(why) = why {
+                return Err(VmmError::State {
+                    doing: "loaded",
+                    why: format!(
+                        "{}: {why}; start cold from the disk instead, or make the template again here",
+                        path_of(state)
+                    ),
+                });
             }
             tracing::debug!(took = ?began.elapsed(), "state loaded");
             check_shape(&machine, &ground.spec).await?;
@@ -334,14 +332,21 @@ impl FirecrackerVmm {
         let tap = match spec.tap.take() {
             None => None,
             Some(tap) => {
-                let (name, namespace) = tap_origin(&tap).map_err(|source| {
+                let found = give_tap(&tap, spec.uid).and_then(|()| tap_origin(&tap));
+                let tap = found.map_err(|source| {
                     own_file(
                         "cannot find the network of the machine in",
                         &spec.dir,
                         source,
                     )
                 })?;
-                Some(Tap { name, namespace })
+                if !tap.stays {
+                    return Err(VmmError::Spec(format!(
+                        "its tap {} goes when its descriptor is closed, and Firecracker opens it by name after that: set TUNSETPERSIST",
+                        tap.name
+                    )));
+                }
+                Some(tap)
             }
         };
         let state = new_memfd("wrenn-state")

@@ -28,7 +28,7 @@ use crate::machine::{ExitReason, MachinePids, MemoryUse, ProcessId, RunState, Sa
 use crate::memory::MEMORY_NAME;
 use crate::record::Monitor;
 use crate::supervised::Supervised;
-use crate::{Machine, SealedMemory, VmmError};
+use crate::{Machine, MemoryFile, SealedMemory, VmmError};
 
 /// The longest state accepted; that of a machine with one processor has some 20 KB.
 const MAX_STATE: u64 = 64 << 20;
@@ -48,8 +48,8 @@ pub struct FirecrackerMachine {
 
 /// How a machine came to be, and with it where Firecracker writes memory that is saved.
 pub(super) enum Origin {
-    /// From a kernel; a save writes all memory into the [`crate::MemoryFile`].
-    Booted,
+    /// From a kernel; a save writes all memory into this file.
+    Booted(Arc<MemoryFile>),
     /// From a saved machine; each save writes what has changed.
     Restored {
         /// Where it does.
@@ -278,18 +278,21 @@ impl Machine for FirecrackerMachine {
 
     async fn save_state(&self, out: File) -> Result<SavedState, VmmError> {
         let began = Instant::now();
-        if !matches!(self.origin, Origin::Booted) {
+        let Origin::Booted(memory) = &self.origin else {
             return Err(VmmError::Unsupported {
                 monitor: "Firecracker",
                 what: "save a restored machine as a template",
                 why: "its memory is not in a memory file of its own; use `save_delta`".into(),
             });
-        }
+        };
         self.stop().await?;
         self.create_snapshot("Full").await?;
         let state = self.written_state()?;
         let bytes = state.len() as u64;
+        let memory = memory.clone();
         blocking(move || {
+            // Firecracker wrote out what the guest never touched, too.
+            memory.drop_zeros()?;
             let written = io::Write::write_all(&mut &out, &state);
             written.map_err(|error| VmmError::State {
                 doing: "saved",
@@ -428,8 +431,10 @@ impl FirecrackerMachine {
 
 /// A memory file of a running monitor.
 fn inherited(process: ProcessId, fd: i32) -> io::Result<File> {
+    // A sealed one can be opened for writing as well.
     File::options()
         .read(true)
+        .write(true)
         .open(format!("/proc/{}/fd/{fd}", process.pid))
 }
 
@@ -445,7 +450,8 @@ fn find_origin(vmm: ProcessId) -> io::Result<Origin> {
     };
     let saved = name(SAVED_FD)?;
     if is(&saved, MEMORY_NAME) {
-        return Ok(Origin::Booted);
+        let memory = MemoryFile::from_file(inherited(vmm, SAVED_FD)?)?;
+        return Ok(Origin::Booted(Arc::new(memory)));
     }
     if !is(&saved, DELTA_NAME) {
         return Err(io::Error::other(format!(

@@ -142,7 +142,9 @@ impl Bed {
         assert_eq!(*machine.run_state().borrow(), RunState::Stopped);
         assert_eq!(saved.bytes, fs::metadata(&state).unwrap().len());
         let frozen = View::of(machine.pids());
-        let round = frozen.check(settled_round(&machine).await);
+        let told = settled_round(&machine).await;
+        let round = frozen.check(told);
+        println!("{name}: told of round {told}, worked {round}");
         machine.kill().await.unwrap();
         let memory = Arc::new(memory.seal().unwrap());
         let mut sealed = vec![0; SHAPE.memory.bytes() as usize];
@@ -189,6 +191,14 @@ fn console(machine: &Arc<dyn Machine>) -> String {
     String::from_utf8_lossy(&machine.console_tail(16 << 10).unwrap()).into_owned()
 }
 
+/// The first round that a machine tells, after a line that its save may have cut.
+pub async fn first_round(machine: &Arc<dyn Machine>) -> u64 {
+    rounds_of(machine, 1).await;
+    let console = console(machine);
+    let whole = console.lines().find(|line| line.len() == 9);
+    u64::from_str_radix(whole.unwrap().strip_prefix('T').unwrap(), 16).unwrap()
+}
+
 /// Waits until the guest has worked `at_least` rounds, and returns the newest.
 pub async fn rounds_of(machine: &Arc<dyn Machine>, at_least: u64) -> u64 {
     let began = Instant::now();
@@ -228,6 +238,16 @@ const PAGE: usize = 4096;
 impl View {
     /// Of a stopped machine.
     pub fn of(pids: MachinePids) -> View {
+        View::read(pids, None)
+    }
+
+    /// Of a stopped machine whose memory comes from a page server: what it has not asked for
+    /// cannot be read from outside, and is what the page server has.
+    pub fn of_served(pids: MachinePids, memory: &SealedMemory) -> View {
+        View::read(pids, Some(memory))
+    }
+
+    fn read(pids: MachinePids, served: Option<&SealedMemory>) -> View {
         let pid = pids.vmm.pid;
         let bytes = SHAPE.memory.bytes();
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
@@ -244,11 +264,21 @@ impl View {
                 continue;
             }
             let mut mapped = vec![0; (end - start) as usize];
-            file.read_exact_at(&mut mapped, start).unwrap();
+            let mut missing = Vec::new();
+            for (index, page) in mapped.chunks_mut(PAGE).enumerate() {
+                if let Err(error) = file.read_exact_at(page, start + (index * PAGE) as u64) {
+                    assert!(served.is_some(), "{error}");
+                    missing.push(index * PAGE);
+                }
+            }
             let pages = (guest::LOAD_AT as usize..mapped.len()).step_by(PAGE);
             let found = pages.clone().find(|at| mapped[*at..].starts_with(&program));
             if let Some(at) = found {
                 let memory = at - guest::LOAD_AT as usize;
+                for at in missing.into_iter().filter(|at| *at >= memory) {
+                    let page = &mut mapped[at..at + PAGE];
+                    served.unwrap().read_at((at - memory) as u64, page).unwrap();
+                }
                 return View(mapped[memory..][..bytes as usize].to_vec());
             }
         }

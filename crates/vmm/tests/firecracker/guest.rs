@@ -81,11 +81,14 @@ const CODE: [&[u8]; 49] = [
     &[0xeb, 0x8b], // jmp round
 ];
 
-/// A program that has the machine reset, which ends Firecracker.
-const RESET: [&[u8]; 3] = [
-    &[0xb0, 0xfe], // mov al, 0xfe
-    &[0xe6, 0x64], // out 0x64, al
-    &[0xeb, 0xfe], // jmp to itself
+/// A program that waits a little and has the machine reset, which ends Firecracker.
+const RESET: [&[u8]; 6] = [
+    &[0xb9, 0xa0, 0x86, 0x01, 0], // mov ecx, 100000
+    &[0xff, 0xc9],                // dec ecx
+    &[0x75, 0xfc],                // jnz to that
+    &[0xb0, 0xfe],                // mov al, 0xfe
+    &[0xe6, 0x64],                // out 0x64, al
+    &[0xeb, 0xfe],                // jmp to itself
 ];
 
 /// What is at [`LOAD_AT`] in a guest that works.

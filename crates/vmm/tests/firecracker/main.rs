@@ -10,21 +10,7 @@
 
 mod bed;
 mod guest;
-
-use bed::{Bed, View, rounds_of, settled_round};
-
-#[tokio::test]
-async fn smoke() {
-    let Some(bed) = Bed::new() else { return };
-    let (machine, _memory) = bed.boot("m", 10_200).await;
-    for n in 0..6 {
-        let t = std::time::Instant::now();
-        let r = rounds_of(&machine, n * 5).await;
-        println!("{r} {:?}", t.elapsed());
-    }
-    machine.stop().await.unwrap();
-
-    let round = settled_round(&machine).await;
-    View::of(machine.pids()).check(round);
-    machine.kill().await.unwrap();
-}
+mod life;
+mod network;
+mod pages;
+mod save;
