@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{PidfdFlags, Signal, getpid, pidfd_open, set_parent_process_death_signal};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -25,12 +26,14 @@ pub(crate) fn close_inherited() -> io::Result<()> {
 }
 
 /// Makes the child of `command` die by SIGKILL when the thread that spawns it ends.
-pub(crate) fn die_with_parent(command: &mut Command) {
-    let parent = getpid();
+pub(crate) fn die_with_parent(command: &mut Command) -> io::Result<()> {
+    // Its number would not tell: in a process namespace of its own the child sees no parent.
+    let parent = pidfd_open(getpid(), PidfdFlags::empty())?;
     let hook = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
         // The parent may have died before the line above.
-        if getppid() != Some(parent) {
+        let mut watched = [PollFd::new(&parent, PollFlags::IN)];
+        if poll(&mut watched, Some(&Timespec::default()))? > 0 {
             return Err(io::Error::from(io::ErrorKind::BrokenPipe));
         }
         Ok(())
@@ -38,6 +41,7 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; the hook makes
     // two system calls and neither allocates nor locks.
     unsafe { command.pre_exec(hook) };
+    Ok(())
 }
 
 /// Runs `hook` in the child of `command` before the program; an error there fails the spawn.

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use super::Cloning;
 use crate::VmmError;
 use crate::keeper::Launcher;
-use crate::probe::{FIRECRACKER_MINIMUM, HostReport};
+use crate::probe::{HostReport, usable_firecracker};
 
 /// Devices that not every machine needs. All machines of a host have the same, since a state
 /// holds them.
@@ -59,23 +59,12 @@ impl FirecrackerConfig {
         launcher: Launcher,
         data_dir: &Path,
     ) -> Result<FirecrackerConfig, VmmError> {
-        let tool = report.firecracker.as_ref().ok_or(VmmError::NoFirecracker)?;
+        let version = usable_firecracker(report)?.to_owned();
+        let tool = report.firecracker.as_ref();
+        let tool = tool.ok_or(VmmError::NoFirecracker)?;
         let unusable = |why: String| VmmError::UnusableMonitor {
             path: tool.path.clone(),
             why,
-        };
-        let version = match (&tool.version, tool.usable) {
-            (Some(version), true) => version.clone(),
-            (Some(version), false) => {
-                return Err(unusable(format!(
-                    "it has version {version}, and {FIRECRACKER_MINIMUM} is the oldest that is safe (CVE-2026-1386, CVE-2026-5747); upgrade it"
-                )));
-            }
-            (None, _) => {
-                return Err(unusable(
-                    "it does not tell its version; is it Firecracker?".into(),
-                ));
-            }
         };
         if !report.kvm.creates_machines {
             return Err(VmmError::Accelerator {
@@ -189,7 +178,7 @@ mod tests {
         let tool = |version: Option<&str>, usable| probe::Tool {
             path: "/opt/firecracker".into(),
             version: version.map(str::to_owned),
-            minimum: FIRECRACKER_MINIMUM,
+            minimum: probe::FIRECRACKER_MINIMUM,
             usable,
         };
         report.firecracker = Some(tool(Some("1.15.0"), false));

@@ -14,7 +14,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Gid, Pid, PidfdFlags, Resource, Rlimit, Uid};
-use rustix::thread::{CapabilitySet, set_no_new_privs};
+use rustix::thread::{
+    CapabilitySet, LinkNameSpaceType, UnshareFlags, move_into_link_name_space, set_no_new_privs,
+};
 
 use super::console::{BoundedLog, Tail};
 use super::jail;
@@ -129,7 +131,7 @@ fn start(channel: &Channel) -> io::Result<Option<(Monitor, Fds)>> {
     rustix::process::chdir("/")?;
     let monitor = if orders.jail.is_some() {
         // Only root can lock something in, so the monitor confines itself before this does.
-        let monitor = spawn(&orders, monitor_fds, network)?;
+        let monitor = alone(|| spawn(&orders, monitor_fds, network))?;
         confine_as(&orders)?;
         monitor
     } else {
@@ -173,6 +175,17 @@ fn confine(uid: u32, gid: u32) -> io::Result<()> {
     }
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     Ok(())
+}
+
+/// Has what `spawn` starts see no process but itself: it is the first of a new process
+/// namespace. This process stays in its own, and may have threads again afterwards.
+fn alone<T>(spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let ours = File::open("/proc/self/ns/pid")?;
+    kernel::unshare(UnshareFlags::NEWPID)?;
+    let spawned = spawn();
+    let kind = Some(LinkNameSpaceType::ProcessID);
+    move_into_link_name_space(ours.as_fd(), kind)?;
+    spawned
 }
 
 /// [`confine`], with words for its failure.
@@ -234,7 +247,7 @@ fn spawn(orders: &Orders, fds: Vec<OwnedFd>, network: Option<OwnedFd>) -> io::Re
             }),
     );
     command.fd_mappings(mappings).map_err(io::Error::other)?;
-    kernel::die_with_parent(&mut command);
+    kernel::die_with_parent(&mut command)?;
     let spawned = command.spawn();
     // Dropping the command closes this process's copies of the monitor's descriptors.
     drop(command);

@@ -59,14 +59,16 @@ async fn g38_a_machine_is_locked_in_and_ticks_pauses_and_resumes() {
         }
         assert_eq!(status_field(process.pid, "NoNewPrivs"), "1");
     }
-    assert_eq!(
-        status_field(pids.vmm.pid, "NSsid"),
-        pids.keeper.pid.to_string()
-    );
+    let session = status_field(pids.vmm.pid, "NSsid");
+    let keeper = pids.keeper.pid.to_string();
+    assert_eq!(session.split(' ').next(), Some(keeper.as_str()));
+    // The only process that it knows of.
+    let numbers = status_field(pids.vmm.pid, "NSpid");
+    assert_eq!(numbers, format!("{} 1", pids.vmm.pid));
     // Firecracker filters its own system calls.
     assert_eq!(status_field(pids.vmm.pid, "Seccomp:"), "2");
     // Namespaces of its own, and a root with nothing of the host's.
-    for namespace in ["mnt", "net", "ipc", "uts"] {
+    for namespace in ["mnt", "net", "ipc", "uts", "pid"] {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
         assert_ne!(of(&pids.vmm.pid.to_string()), of("self"), "{namespace}");
         assert_eq!(of(&pids.keeper.pid.to_string()), of("self"), "{namespace}");
@@ -144,6 +146,20 @@ async fn g6_an_end_is_noticed_at_once_with_its_reason() {
     let reason = exited.borrow().clone().unwrap();
     println!("{reason}");
     assert_ne!(reason.cause, ExitCause::Status(0));
+    gone(machine.pids()).await;
+}
+
+#[tokio::test]
+async fn a_machine_does_not_outlive_its_keeper() {
+    let Some(bed) = Bed::new() else { return };
+    let (machine, _memory) = bed.boot("machine", 10_292).await;
+    rounds_of(&machine, 2).await;
+    let pid = rustix::process::Pid::from_raw(machine.pids().keeper.pid as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let mut exited = machine.exited();
+    let ended = tokio::time::timeout(Duration::from_secs(5), exited.wait_for(Option::is_some));
+    let reason = ended.await.unwrap().unwrap().clone().unwrap();
+    assert_eq!(reason.cause, ExitCause::Unseen);
     gone(machine.pids()).await;
 }
 
