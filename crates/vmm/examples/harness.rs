@@ -3,16 +3,18 @@
 //! - `harness keeper` is a keeper whose companion answers each packet with `kept: ` before it.
 //! - `harness agent DIR KERNEL INITRAMFS CMDLINE BASE TOP` boots a machine, prints `booted`
 //!   and sleeps.
+//! - `harness firecracker-agent BED DIR` does the same with Firecracker, with the files that
+//!   its tests put into BED.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use wrenn_types::Shape;
+use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    BootFiles, BootSpec, DiskChain, Launcher, MachineSpec, MemoryFile, QemuConfig, QemuVmm, Vmm,
-    keeper, probe,
+    BootFiles, BootSpec, DiskChain, FirecrackerConfig, FirecrackerVmm, Launcher, MachineSpec,
+    MemoryFile, QemuConfig, QemuVmm, Vmm, keeper, probe,
 };
 
 fn main() -> ExitCode {
@@ -38,8 +40,63 @@ fn main() -> ExitCode {
                 }
             }
         }
+        ["firecracker-agent", bed, dir] => {
+            match firecracker_agent(Path::new(bed), Path::new(dir)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    println!("{error}");
+                    ExitCode::FAILURE
+                }
+            }
+        }
         _ => ExitCode::from(64),
     }
+}
+
+fn firecracker_agent(bed: &Path, dir: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let report = probe::host(None)?;
+    let config = FirecrackerConfig::from_report(&report, String::new(), Launcher::default(), bed)?;
+    let vmm = FirecrackerVmm::new(config);
+    let shape = Shape {
+        vcpus: Vcpus(1),
+        memory: MemoryMib(64),
+    };
+    let machine = MachineSpec {
+        dir: dir.into(),
+        uid: 10_091,
+        gid: 10_091,
+        shape,
+        boot: BootFiles {
+            kernel: bed.join("kernel"),
+            initramfs: bed.join("initramfs"),
+            cmdline: "console=ttyS0".into(),
+        },
+        disk: DiskChain {
+            base: bed.join("base.img"),
+            layers: Vec::new(),
+            top: dir.join("disk.raw"),
+        },
+        tap: None,
+        mac: [2, 0xfc, 0, 0, 0, 1],
+        identity: Box::new([0; 4096]),
+        companions: Vec::new(),
+    };
+    boot_and_sleep(&vmm, machine, shape)
+}
+
+fn boot_and_sleep(
+    vmm: &dyn Vmm,
+    machine: MachineSpec,
+    shape: Shape,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let memory = Arc::new(MemoryFile::create(shape.memory.bytes())?);
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let _machine = vmm.boot(BootSpec { machine, memory }).await?;
+        println!("booted");
+        std::io::stdout().flush()?;
+        std::future::pending::<()>().await;
+        Ok(())
+    })
 }
 
 fn agent(
@@ -77,12 +134,5 @@ fn agent(
         identity: Box::new([0; 4096]),
         companions: Vec::new(),
     };
-    let memory = Arc::new(MemoryFile::create(Shape::DEFAULT.memory.bytes())?);
-    tokio::runtime::Runtime::new()?.block_on(async {
-        let _machine = vmm.boot(BootSpec { machine, memory }).await?;
-        println!("booted");
-        std::io::stdout().flush()?;
-        std::future::pending::<()>().await;
-        Ok(())
-    })
+    boot_and_sleep(&vmm, machine, Shape::DEFAULT)
 }

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::delta_file::SavedPages;
 use crate::guest_memory::GuestMemory;
 use crate::machine::RunState;
 use crate::memory::{PAGE, is_zero};
@@ -28,11 +29,12 @@ use crate::{MemoryError, SealedMemory};
 /// machine that is neither in its memory nor in a state saved by [`crate::Machine::save_delta`].
 pub const FIRMWARE_BYTES: usize = 64 << 10;
 
-/// Content of the firmware segment.
+/// Content of the firmware segment. Firecracker has none: there it is all zeros, and the
+/// guest's memory at these addresses is memory like any other.
 pub type Firmware = Box<[u8; FIRMWARE_BYTES]>;
 
 /// How much of a machine's memory is read at once: it fits the processor's second cache.
-const CHUNK_PAGES: u64 = 64;
+pub(crate) const CHUNK_PAGES: u64 = 64;
 
 /// Consecutive pages (of 4096 bytes) of a machine's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -152,6 +154,17 @@ pub enum DeltaError {
         /// Its length.
         bytes: usize,
     },
+    /// A page that is as in the snapshot the machine came from, and is only there.
+    #[error(
+        "page {page} has not changed since the restore, and its content is with the page server: read it from the snapshot"
+    )]
+    Elsewhere {
+        /// The page.
+        page: u64,
+    },
+    /// The kernel does not tell which pages of a file were written.
+    #[error("the changed pages cannot be told from the others: {0}")]
+    Inexact(String),
     /// Whoever supplies the pages could not.
     #[error("the pages of the delta cannot be had")]
     Source(#[source] Box<dyn Error + Send + Sync>),
@@ -204,7 +217,7 @@ pub struct SaveTimes {
 /// again what the template holds.
 #[derive(Debug)]
 pub struct ChangedPages {
-    memory: GuestMemory,
+    memory: Source,
     running: watch::Receiver<RunState>,
     ranges: Vec<PageRange>,
     /// Where the next chunk begins: index of a range and pages of it that are done.
@@ -216,9 +229,34 @@ pub struct ChangedPages {
     filled: usize,
 }
 
+/// Where the pages of a stopped machine are read from.
+#[derive(Debug)]
+pub(crate) enum Source {
+    /// From the monitor's own memory.
+    Process(GuestMemory),
+    /// From what the monitor wrote into a file.
+    File(SavedPages),
+}
+
+impl Source {
+    fn pages(&self) -> u64 {
+        match self {
+            Source::Process(memory) => memory.pages(),
+            Source::File(pages) => pages.pages(),
+        }
+    }
+
+    fn read(&self, first: u64, into: &mut [u8]) -> Result<(), DeltaError> {
+        match self {
+            Source::Process(memory) => memory.read(first, into),
+            Source::File(pages) => pages.read(first, into),
+        }
+    }
+}
+
 impl ChangedPages {
     pub(crate) fn new(
-        memory: GuestMemory,
+        memory: Source,
         running: watch::Receiver<RunState>,
         ranges: Vec<PageRange>,
     ) -> ChangedPages {
@@ -386,13 +424,18 @@ impl DeltaPages for BufferedPages {
 
 /// Checks that runs ascend within a memory.
 #[derive(Debug)]
-struct Course {
+pub(crate) struct Course {
     pages: u64,
     after: u64,
 }
 
 impl Course {
-    fn check(&mut self, run: &Run<'_>) -> Result<PageRange, DeltaError> {
+    /// Through a memory of so many pages.
+    pub(crate) fn new(pages: u64) -> Course {
+        Course { pages, after: 0 }
+    }
+
+    pub(crate) fn check(&mut self, run: &Run<'_>) -> Result<PageRange, DeltaError> {
         let range = run.range()?;
         if range.end() > self.pages {
             return Err(DeltaError::Outside {
@@ -426,10 +469,7 @@ pub(crate) fn inject(
     template: &SealedMemory,
     memory: &GuestMemory,
 ) -> Result<Injected, DeltaError> {
-    let mut course = Course {
-        pages: memory.pages(),
-        after: 0,
-    };
+    let mut course = Course::new(memory.pages());
     let mut done = Injected::default();
     let zeros = vec![0; CHUNK_PAGES as usize * PAGE];
     while let Some(run) = pages.next_run()? {
@@ -484,10 +524,7 @@ mod tests {
     #[test]
     fn runs_outside_backwards_or_ragged_are_told_apart() {
         let zero = |first, count| Run::Zero(PageRange { first, count });
-        let mut course = Course {
-            pages: 10,
-            after: 0,
-        };
+        let mut course = Course::new(10);
         course.check(&zero(2, 3)).unwrap();
         assert!(matches!(
             course.check(&zero(4, 1)),

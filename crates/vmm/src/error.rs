@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::delta::DeltaError;
+use crate::firecracker::ApiError;
 use crate::machine::ExitReason;
 use crate::memory::MemoryError;
+use crate::qcow2::OverlayError;
 use crate::qmp::QmpError;
 
 /// Why a machine could not be made, steered or read.
@@ -15,6 +17,9 @@ pub enum VmmError {
     /// No usable monitor on this host.
     #[error("no QEMU was found: install qemu-system-x86, or name the program in WRENN_QEMU")]
     NoMonitor,
+    /// Firecracker is asked for and not here.
+    #[error("no Firecracker was found: install it, or name the program in FIRECRACKER_BIN")]
+    NoFirecracker,
     /// A monitor that is too old or cannot be started.
     #[error("{path} cannot be used: {why}")]
     UnusableMonitor {
@@ -69,6 +74,28 @@ pub enum VmmError {
         #[source]
         source: QmpError,
     },
+    /// Firecracker's interface failed.
+    #[error("the monitor failed on {doing}")]
+    Api {
+        /// What it was asked for.
+        doing: &'static str,
+        /// The cause.
+        #[source]
+        source: ApiError,
+    },
+    /// This monitor cannot do that at all.
+    #[error("{monitor} cannot {what}: {why}")]
+    Unsupported {
+        /// The monitor.
+        monitor: &'static str,
+        /// What was asked for, as in `boot a bzImage`.
+        what: &'static str,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// A disk layer could not be made.
+    #[error("the machine's disk failed")]
+    Overlay(#[from] OverlayError),
     /// The machine ended while it was being used.
     #[error("the machine ended while {doing}: {reason}")]
     Ended {

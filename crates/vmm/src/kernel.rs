@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{PidfdFlags, Signal, getpid, pidfd_open, set_parent_process_death_signal};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -24,12 +26,14 @@ pub(crate) fn close_inherited() -> io::Result<()> {
 }
 
 /// Makes the child of `command` die by SIGKILL when the thread that spawns it ends.
-pub(crate) fn die_with_parent(command: &mut Command) {
-    let parent = getpid();
+pub(crate) fn die_with_parent(command: &mut Command) -> io::Result<()> {
+    // Its number would not tell: in a process namespace of its own the child sees no parent.
+    let parent = pidfd_open(getpid(), PidfdFlags::empty())?;
     let hook = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
         // The parent may have died before the line above.
-        if getppid() != Some(parent) {
+        let mut watched = [PollFd::new(&parent, PollFlags::IN)];
+        if poll(&mut watched, Some(&Timespec::default()))? > 0 {
             return Err(io::Error::from(io::ErrorKind::BrokenPipe));
         }
         Ok(())
@@ -37,6 +41,81 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; the hook makes
     // two system calls and neither allocates nor locks.
     unsafe { command.pre_exec(hook) };
+    Ok(())
+}
+
+/// Runs `hook` in the child of `command` before the program; an error there fails the spawn.
+/// Only for a process that has one thread: the child is a copy in which no lock is held by a
+/// thread that is not there.
+pub(crate) fn before_program(
+    command: &mut Command,
+    hook: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) {
+    // SAFETY: what is forbidden between fork and exec, allocation above all, is so because
+    // another thread of the parent may have held a lock. The only caller is the keeper, whose
+    // second thread starts after its monitor.
+    unsafe { command.pre_exec(hook) };
+}
+
+/// Gives the calling process, which has one thread, namespaces of its own.
+pub(crate) fn unshare(namespaces: UnshareFlags) -> io::Result<()> {
+    debug_assert!(!namespaces.contains(UnshareFlags::FILES));
+    // SAFETY: unshare is unsafe because of CLONE_FILES, which would give this thread another
+    // descriptor table than the rest of the process has. Callers ask for namespaces only.
+    unsafe { unshare_unsafe(namespaces) }?;
+    Ok(())
+}
+
+/// Lets this user open a tap by its name, and nobody else without rights over its network.
+pub(crate) fn give_tap(tap: &OwnedFd, uid: u32) -> io::Result<()> {
+    /// `_IOW('T', 204, int)`.
+    const TUNSETOWNER: libc::c_ulong = 0x4004_54CC;
+    // SAFETY: the request takes a number, not a pointer.
+    let given = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOWNER, libc::c_ulong::from(uid)) };
+    match given {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Where a tap comes from.
+pub(crate) struct TapOrigin {
+    pub(crate) name: String,
+    /// Its network namespace.
+    pub(crate) namespace: OwnedFd,
+    /// Whether it outlives its descriptors.
+    pub(crate) stays: bool,
+}
+
+/// Asks a tap where it comes from.
+pub(crate) fn tap_origin(tap: &OwnedFd) -> io::Result<TapOrigin> {
+    use std::os::fd::FromRawFd;
+    const IFF_PERSIST: u16 = 0x0800;
+    /// `_IOR('T', 210, unsigned int)`, though the kernel writes a `struct ifreq`.
+    const TUNGETIFF: libc::c_ulong = 0x8004_54D2;
+    const SIOCGSKNS: libc::c_ulong = 0x894C;
+    /// `struct ifreq`: 16 bytes of name, 24 of union.
+    const IFREQ: usize = 40;
+    let mut request = [0u8; IFREQ];
+    // SAFETY: the kernel writes one `struct ifreq`, which is as long as `request`.
+    let told = unsafe { libc::ioctl(tap.as_raw_fd(), TUNGETIFF, request.as_mut_ptr()) };
+    if told < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the request takes no argument.
+    let namespace = unsafe { libc::ioctl(tap.as_raw_fd(), SIOCGSKNS) };
+    if namespace < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: SIOCGSKNS returned a new descriptor that nothing else owns.
+    let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
+    let name = request[..16].split(|byte| *byte == 0).next();
+    let name = String::from_utf8(name.unwrap_or_default().to_vec()).map_err(io::Error::other)?;
+    Ok(TapOrigin {
+        name,
+        namespace,
+        stays: u16::from_le_bytes([request[16], request[17]]) & IFF_PERSIST != 0,
+    })
 }
 
 /// The processor's time stamp counter.

@@ -27,19 +27,24 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod delta;
+mod delta_file;
 mod digest;
 mod error;
+mod firecracker;
 mod guest_memory;
 mod info;
 pub mod keeper;
 mod kernel;
 mod machine;
+mod memfd;
 mod memory;
 pub mod probe;
 mod process;
 mod qcow2;
 mod qemu;
 mod qmp;
+mod record;
+mod supervised;
 
 pub use delta::{
     ChangedPages, Delta, DeltaError, DeltaPages, FIRMWARE_BYTES, Firmware, PageBuffer, PageRange,
@@ -47,11 +52,14 @@ pub use delta::{
 };
 pub use digest::Digest;
 pub use error::VmmError;
+pub use firecracker::{
+    ApiError, CloneWay, Cloning, Devices, FirecrackerConfig, FirecrackerMachine, FirecrackerVmm,
+};
 pub use info::{Accelerator, Fingerprint, Incompatible, VmmInfo};
 pub use keeper::Launcher;
 pub use machine::{
     BootFiles, BootSpec, DiskChain, ExitCause, ExitReason, IDENTITY_BYTES, Machine, MachinePids,
-    MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState, Vmm,
+    MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState, ServedSpec, Vmm,
 };
 pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
 pub use qcow2::{OverlayError, create_overlay};

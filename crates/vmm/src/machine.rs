@@ -40,6 +40,14 @@ pub trait Vmm: Send + Sync {
         delta: Delta,
     ) -> Result<Arc<dyn Machine>, VmmError>;
 
+    /// Loads a saved machine whose memory comes from a page server (userfaultfd). Stopped when
+    /// this returns. [`Machine::save_delta`] then tells what changed since this restore.
+    async fn restore_served(&self, spec: ServedSpec) -> Result<Arc<dyn Machine>, VmmError>;
+
+    /// Makes an empty layer for a disk of `disk_bytes` at `path`, which must not exist: the
+    /// top of a machine to start, or of [`Machine::switch_disk_layer`].
+    fn create_layer(&self, path: &Path, disk_bytes: u64) -> Result<(), VmmError>;
+
     /// Takes over the machine that an earlier agent left running in folder `dir`; `None`
     /// when there is none, or it is dead.
     async fn adopt(&self, dir: &Path) -> Result<Option<Arc<dyn Machine>>, VmmError>;
@@ -64,7 +72,7 @@ pub trait Machine: Send + Sync {
     /// saving fails.
     async fn save_delta(&self) -> Result<SavedDelta, VmmError>;
 
-    /// Puts the empty layer `top` (see [`crate::create_overlay`]) on the disk, so that the
+    /// Puts the empty layer `top` (see [`Vmm::create_layer`]) on the disk, so that the
     /// layer written so far never changes again and others may build on it. It works on a
     /// running machine, and belongs between [`Machine::save_delta`] and
     /// [`Machine::resume`] when disk and memory shall be of one moment.
@@ -123,20 +131,37 @@ pub struct MachineSpec {
     /// The root disk, `/dev/vda` in the guest.
     pub disk: DiskChain,
     /// The tap of `eth0`, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`; `None` for a
-    /// machine without a network.
+    /// machine without a network. Firecracker opens taps itself, by name: the driver reads name
+    /// and network namespace from this descriptor, closes it (it must be the only one), and runs
+    /// Firecracker in that namespace. The tap must be one that stays (`TUNSETPERSIST`).
     pub tap: Option<OwnedFd>,
     /// Hardware address of `eth0`.
     pub mac: [u8; 6],
-    /// What the guest reads under `fw_cfg` name `opt/wrenn/restore`.
+    /// What the guest reads under `fw_cfg` name `opt/wrenn/restore` in QEMU. In Firecracker it
+    /// is the whole document of the metadata service (MMDS, version 2), so it must be JSON
+    /// padded with zeros, and a machine without a network has none.
     pub identity: Box<[u8; IDENTITY_BYTES]>,
     /// Descriptors for the keeper's companions (the slot's DNS relay).
     pub companions: Vec<OwnedFd>,
 }
 
+impl MachineSpec {
+    /// Whether a memory of `bytes` bytes is that of the shape.
+    pub(crate) fn check_memory(&self, bytes: u64) -> Result<(), VmmError> {
+        let asked = self.shape.memory.bytes();
+        if asked == bytes {
+            return Ok(());
+        }
+        Err(VmmError::Spec(format!(
+            "its shape has {asked} bytes of memory and its memory file {bytes}"
+        )))
+    }
+}
+
 /// The guest's kernel.
 #[derive(Debug, Clone)]
 pub struct BootFiles {
-    /// A bzImage.
+    /// A bzImage for QEMU; for Firecracker the ELF file inside one (`vmlinux`).
     pub kernel: PathBuf,
     /// A cpio archive, compressed or not.
     pub initramfs: PathBuf,
@@ -146,13 +171,17 @@ pub struct BootFiles {
 }
 
 /// The root disk: immutable layers and one that is written.
+///
+/// With QEMU the layers are qcow2 files, each with what differs from those below. Firecracker
+/// only knows raw images, so there each layer is a whole image (its unchanged parts shared with
+/// the one below where the file system can do that), and only the highest matters.
 #[derive(Debug, Clone)]
 pub struct DiskChain {
     /// Raw image at the bottom, never written.
     pub base: PathBuf,
-    /// qcow2 layers on it, lowest first, never written.
+    /// Layers on it, lowest first, never written.
     pub layers: Vec<PathBuf>,
-    /// qcow2 layer on top that takes all writes; see [`crate::create_overlay`].
+    /// Layer on top that takes all writes; see [`Vmm::create_layer`].
     pub top: PathBuf,
 }
 
@@ -175,6 +204,19 @@ pub struct RestoreSpec {
     /// The state that [`Machine::save_state`] wrote, open for reading at its start; with
     /// [`Vmm::restore_delta`] that of [`Machine::save_delta`], as from
     /// [`crate::state_file`].
+    pub state: File,
+}
+
+/// A machine to restore from a page server.
+#[derive(Debug)]
+pub struct ServedSpec {
+    /// The machine; as in [`RestoreSpec::machine`].
+    pub machine: MachineSpec,
+    /// The page server's socket, on which it waits for the userfaultfd descriptor of just this
+    /// machine. The machine's user must be able to connect to it (connect(2) asks for the right
+    /// to write); it sees it as a socket of its own, whatever folders lie above it.
+    pub socket: PathBuf,
+    /// The state at the save, open for reading at its start.
     pub state: File,
 }
 

@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use sha2::{Digest as _, Sha256};
 
 use crate::{Digest, PageRange};
@@ -121,6 +121,52 @@ impl MemoryFile {
         self.bytes
     }
 
+    /// The memory behind a descriptor, found again after its agent has ended.
+    pub(crate) fn from_file(file: File) -> io::Result<MemoryFile> {
+        let bytes = file.metadata()?.len();
+        Ok(MemoryFile { file, bytes })
+    }
+
+    /// Gives back the room of all pages that hold nothing but zeros. Blocking.
+    pub(crate) fn drop_zeros(&self) -> Result<(), MemoryError> {
+        let failed = |source: io::Error| MemoryError::Memfd {
+            doing: "thin out",
+            bytes: self.bytes,
+            source,
+        };
+        let mut buffer = vec![0; CHUNK];
+        let parts = data_in(&self.file, 0, self.bytes / PAGE as u64).map_err(failed)?;
+        for part in parts {
+            let (mut at, end) = (part.first * PAGE as u64, part.end() * PAGE as u64);
+            while at < end {
+                // At most CHUNK, so it fits a usize.
+                let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
+                self.file.read_exact_at(chunk, at).map_err(failed)?;
+                for_runs(chunk, true, |offset, zeros| {
+                    rustix::fs::fallocate(
+                        &self.file,
+                        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                        at + offset as u64,
+                        zeros.len() as u64,
+                    )
+                    .map_err(|error| failed(error.into()))
+                })?;
+                at += chunk.len() as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes whole pages from page `first` on.
+    pub(crate) fn write_at(&self, first: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        let written = self.file.write_all_at(bytes, first * PAGE as u64);
+        written.map_err(|source| MemoryError::Memfd {
+            doing: "write",
+            bytes: self.bytes,
+            source,
+        })
+    }
+
     #[cfg(test)]
     pub(crate) fn write_for_tests(&self, content: &[u8]) {
         let pages = content.chunks(PAGE).enumerate();
@@ -200,26 +246,23 @@ impl SealedMemory {
 
     /// The parts of `range` that may hold something else than zeros.
     pub(crate) fn data_in(&self, range: PageRange) -> Result<Vec<PageRange>, MemoryError> {
-        let page = PAGE as u64;
-        let end = (range.end() * page).min(self.bytes);
-        let mut parts = Vec::new();
-        let mut at = range.first * page;
-        while at < end {
-            let data = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
-                Ok(data) if data < end => data,
-                Ok(_) | Err(rustix::io::Errno::NXIO) => break,
-                Err(error) => return Err(self.unreadable(error.into())),
-            };
-            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(data))
-                .map_err(|error| self.unreadable(error.into()))?;
-            at = hole.next_multiple_of(page).min(end);
-            let first = data / page;
-            parts.push(PageRange {
-                first,
-                count: at / page - first,
-            });
-        }
-        Ok(parts)
+        let end = range.end().min(self.bytes / PAGE as u64);
+        data_in(&self.file, range.first, end).map_err(|source| self.unreadable(source))
+    }
+
+    /// Another handle of the same memory.
+    pub(crate) fn another(&self) -> Result<SealedMemory, MemoryError> {
+        let file = self.file.try_clone();
+        Ok(SealedMemory {
+            file: file.map_err(|source| self.unreadable(source))?,
+            bytes: self.bytes,
+        })
+    }
+
+    /// The memory behind a descriptor, found again after its agent has ended.
+    pub(crate) fn from_file(file: File) -> io::Result<SealedMemory> {
+        let bytes = file.metadata()?.len();
+        Ok(SealedMemory { file, bytes })
     }
 
     fn unreadable(&self, source: io::Error) -> MemoryError {
@@ -283,6 +326,30 @@ impl SealedMemory {
     }
 }
 
+/// The parts of a sparse file between pages `first` and `end` that are not holes; ascending,
+/// not adjacent.
+pub(crate) fn data_in(file: &File, first: u64, end: u64) -> io::Result<Vec<PageRange>> {
+    let page = PAGE as u64;
+    let end = end.saturating_mul(page);
+    let mut parts = Vec::new();
+    let mut at = first.saturating_mul(page);
+    while at < end {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) if data < end => data,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(data))?;
+        at = hole.next_multiple_of(page).min(end);
+        let first = data / page;
+        parts.push(PageRange {
+            first,
+            count: at / page - first,
+        });
+    }
+    Ok(parts)
+}
+
 /// Copies what is not zero from `from` to `to` (of the same size, all holes), if there is
 /// one, and digests it. `path` names the file in errors.
 fn copy(
@@ -316,7 +383,7 @@ fn copy(
             // At most CHUNK, so it fits a usize.
             let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
             from.read_exact_at(chunk, at).map_err(failed("read"))?;
-            for_data_runs(chunk, |offset, data| {
+            for_runs(chunk, false, |offset, data| {
                 let offset = at + offset as u64;
                 if let Some(to) = to {
                     to.write_all_at(data, offset).map_err(failed("write"))?;
@@ -330,17 +397,18 @@ fn copy(
     Ok(runs.finish())
 }
 
-/// Calls `found` with each run of pages in `chunk` that are not all zero.
-fn for_data_runs(
+/// Calls `found` with each run of pages in `chunk` that are all zero, or that are not.
+fn for_runs(
     chunk: &[u8],
+    zero: bool,
     mut found: impl FnMut(usize, &[u8]) -> Result<(), MemoryError>,
 ) -> Result<(), MemoryError> {
     let mut start = None;
     for (index, page) in chunk.chunks(PAGE).enumerate() {
         let at = index * PAGE;
-        match (is_zero(page), start) {
-            (false, None) => start = Some(at),
-            (true, Some(from)) => {
+        match (is_zero(page) == zero, start) {
+            (true, None) => start = Some(at),
+            (false, Some(from)) => {
                 found(from, &chunk[from..at])?;
                 start = None;
             }

@@ -13,19 +13,27 @@
 //! ```
 //!
 //! If the agent dies before the commit, the keeper ends the monitor: no machine is left
-//! that no `machine.json` names. All files come as descriptors, so that the machine's user
-//! needs no right in the machine's folder.
+//! that no `machine.json` names. QEMU gets all files as descriptors, so that the machine's user
+//! needs no right in the machine's folder. Firecracker opens paths: it is locked in a jail
+//! (`jail.rs`) that has what it needs and nothing else.
 
 mod console;
+mod jail;
 mod orders;
 mod run;
+mod start;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
-pub(crate) use orders::{Channel, Commit, FIRST_FD, Orders, Report, SERIAL_FD};
+pub(crate) use orders::{Bind, Console, FIRST_FD, Jail, SERIAL_FD};
 pub use run::main;
 pub(crate) use run::unix_ms;
+pub(crate) use start::Start;
+
+/// How long a keeper may take to start its monitor, on the reference machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(15);
 
 /// How a keeper is started: a program that calls [`main`] first thing.
 #[derive(Debug, Clone)]

@@ -29,7 +29,7 @@ const MAX_PACKET: usize = 64 << 10;
 const MAX_FDS: usize = 253;
 
 /// What the keeper shall do. With it come the descriptors, in this order: console log, exit
-/// file, the monitor's, the companions'.
+/// file, the jail's network namespace, the monitor's, the companions'.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Orders {
@@ -44,6 +44,46 @@ pub(crate) struct Orders {
     pub(crate) monitor_fds: usize,
     /// How many the companions get.
     pub(crate) companion_fds: usize,
+    /// Where the monitor writes what the guest prints.
+    pub(crate) console: Console,
+    /// Where the monitor is locked in; `None` for one that gets all as descriptors.
+    pub(crate) jail: Option<Jail>,
+}
+
+/// Where a monitor writes what its guest prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Console {
+    /// To descriptor [`SERIAL_FD`], and it waits where the keeper is slow.
+    Descriptor,
+    /// To its standard output.
+    Stdout,
+}
+
+/// What a monitor that opens paths sees of the host: a root of its own with what is named
+/// here, `/dev`, and its descriptors as `/fd/N`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Jail {
+    /// The folder that becomes its root.
+    pub(crate) root: PathBuf,
+    /// Files and folders of the host that it sees.
+    pub(crate) binds: Vec<Bind>,
+    /// Devices of the host, such as `/dev/kvm`, that are its own under the same path.
+    pub(crate) devices: Vec<PathBuf>,
+    /// Whether a network namespace comes as a descriptor; else it gets an empty one.
+    pub(crate) network: bool,
+}
+
+/// A file or folder of the host as a jail shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Bind {
+    /// On the host.
+    pub(crate) from: PathBuf,
+    /// In the jail, without the leading slash.
+    pub(crate) to: PathBuf,
+    /// Whether it holds programs.
+    pub(crate) executable: bool,
 }
 
 /// What the keeper answers.
@@ -164,12 +204,20 @@ mod tests {
             gid: 2,
             monitor_fds: 1,
             companion_fds: 0,
+            console: Console::Stdout,
+            jail: Some(Jail {
+                root: "/m".into(),
+                binds: Vec::new(),
+                devices: vec!["/dev/kvm".into()],
+                network: true,
+            }),
         };
         let file = std::fs::File::open("/proc/self/stat").unwrap();
         ours.send(&orders, &[file.as_fd(), file.as_fd()]).unwrap();
         ours.send(&Commit, &[]).unwrap();
         let (read, fds) = theirs.receive::<Orders>().unwrap().unwrap();
         assert_eq!((read.args, fds.len()), (orders.args, 2));
+        assert_eq!(read.jail, orders.jail);
         assert!(theirs.receive::<Commit>().unwrap().is_some());
         drop(ours);
         assert!(theirs.receive::<Commit>().unwrap().is_none());

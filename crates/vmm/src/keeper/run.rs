@@ -1,7 +1,7 @@
 //! The keeper's life, from its start to the end of the monitor.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
@@ -14,10 +14,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Gid, Pid, PidfdFlags, Resource, Rlimit, Uid};
-use rustix::thread::{CapabilitySet, set_no_new_privs};
+use rustix::thread::{
+    CapabilitySet, LinkNameSpaceType, UnshareFlags, move_into_link_name_space, set_no_new_privs,
+};
 
 use super::console::{BoundedLog, Tail};
-use super::orders::{Channel, Commit, FIRST_FD, Orders, Report, SERIAL_FD};
+use super::jail;
+use super::orders::{Channel, Commit, Console, FIRST_FD, Jail, Orders, Report, SERIAL_FD};
 use crate::kernel;
 use crate::machine::{ExitCause, ExitReason};
 use crate::process::identify;
@@ -27,6 +30,10 @@ const STDERR_BYTES: usize = 4 << 10;
 
 /// Open files of a monitor: its descriptors, event descriptors and those of later layers.
 const MAX_OPEN_FILES: u64 = 512;
+
+/// How much a guest may print while the keeper is busy: a monitor that writes to its standard
+/// output does not wait for it.
+const CONSOLE_PIPE: usize = 256 << 10;
 
 /// Stack of the companions' thread: an address range, of which only what is used costs
 /// memory. An overflow would end the machine.
@@ -109,21 +116,28 @@ fn start(channel: &Channel) -> io::Result<Option<(Monitor, Fds)>> {
     let (Some(console), Some(exit)) = (fds.next(), fds.next()) else {
         return Err(io::Error::other("descriptors are missing"));
     };
+    let networked = orders.jail.as_ref().is_some_and(|jail| jail.network);
+    let network = if networked { fds.next() } else { None };
     let monitor_fds: Vec<OwnedFd> = fds.by_ref().take(orders.monitor_fds).collect();
     let companions: Vec<OwnedFd> = fds.collect();
-    if monitor_fds.len() != orders.monitor_fds || companions.len() != orders.companion_fds {
+    if networked != network.is_some()
+        || monitor_fds.len() != orders.monitor_fds
+        || companions.len() != orders.companion_fds
+    {
         return Err(io::Error::other("descriptors are missing"));
     }
     // Away from the agent's terminal and from any folder that may be unmounted.
     rustix::process::setsid()?;
     rustix::process::chdir("/")?;
-    confine(&orders).map_err(|error| {
-        io::Error::other(format!(
-            "cannot become user {} in group {} (is the agent root?): {error}",
-            orders.uid, orders.gid
-        ))
-    })?;
-    let monitor = spawn(&orders, monitor_fds)?;
+    let monitor = if orders.jail.is_some() {
+        // Only root can lock something in, so the monitor confines itself before this does.
+        let monitor = alone(|| spawn(&orders, monitor_fds, network))?;
+        confine_as(&orders)?;
+        monitor
+    } else {
+        confine_as(&orders)?;
+        spawn(&orders, monitor_fds, None)?
+    };
     Ok(Some((
         monitor,
         Fds {
@@ -135,7 +149,7 @@ fn start(channel: &Channel) -> io::Result<Option<(Monitor, Fds)>> {
 }
 
 /// Gives up all rights before anything of the guest's runs; the monitor inherits that.
-fn confine(orders: &Orders) -> io::Result<()> {
+fn confine(uid: u32, gid: u32) -> io::Result<()> {
     let limit = |value| Rlimit {
         current: Some(value),
         maximum: Some(value),
@@ -152,27 +166,78 @@ fn confine(orders: &Orders) -> io::Result<()> {
                 Err(error) => return Err(error.into()),
             }
         }
-        let (uid, gid) = (Uid::from_raw(orders.uid), Gid::from_raw(orders.gid));
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         rustix::thread::set_thread_groups(&[])?;
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-    } else if rustix::process::geteuid().as_raw() != orders.uid {
+    } else if rustix::process::geteuid().as_raw() != uid {
         return Err(io::Error::from(io::ErrorKind::PermissionDenied));
     }
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     Ok(())
 }
 
-fn spawn(orders: &Orders, fds: Vec<OwnedFd>) -> io::Result<Monitor> {
-    let (serial, serial_in) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    // The guest's console waits for the keeper rather than losing bytes.
-    rustix::fs::fcntl_setfl(&serial_in, OFlags::empty())?;
-    let (stderr, stderr_in) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    rustix::fs::fcntl_setfl(&stderr_in, OFlags::empty())?;
-    let mut mappings = vec![FdMapping {
-        parent_fd: serial_in,
-        child_fd: SERIAL_FD,
-    }];
+/// Has what `spawn` starts see no process but itself: it is the first of a new process
+/// namespace. This process stays in its own, and may have threads again afterwards.
+fn alone<T>(spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let ours = File::open("/proc/self/ns/pid")?;
+    kernel::unshare(UnshareFlags::NEWPID)?;
+    let spawned = spawn();
+    let kind = Some(LinkNameSpaceType::ProcessID);
+    move_into_link_name_space(ours.as_fd(), kind)?;
+    spawned
+}
+
+/// [`confine`], with words for its failure.
+fn confine_as(orders: &Orders) -> io::Result<()> {
+    confine(orders.uid, orders.gid).map_err(|error| {
+        io::Error::other(format!(
+            "cannot become user {} in group {} (is the agent root?): {error}",
+            orders.uid, orders.gid
+        ))
+    })
+}
+
+/// A pipe from the monitor, whose end it writes to is its user's, so that it can also be
+/// opened anew.
+fn pipe_from(orders: &Orders) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (output, input) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    // The monitor waits for the keeper rather than losing bytes.
+    rustix::fs::fcntl_setfl(&input, OFlags::empty())?;
+    if rustix::process::geteuid().is_root() {
+        let (uid, gid) = (Uid::from_raw(orders.uid), Gid::from_raw(orders.gid));
+        rustix::fs::fchown(&input, Some(uid), Some(gid))?;
+    }
+    Ok((output, input))
+}
+
+fn spawn(orders: &Orders, fds: Vec<OwnedFd>, network: Option<OwnedFd>) -> io::Result<Monitor> {
+    let (serial, serial_in) = pipe_from(orders)?;
+    let (mut stderr, stderr_in) = {
+        let (output, input) = pipe_from(orders)?;
+        (File::from(output), input)
+    };
+    let mut command = Command::new(&orders.program);
+    command
+        .args(&orders.args)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(stderr_in));
+    let mut mappings = Vec::with_capacity(fds.len() + 1);
+    match orders.console {
+        Console::Descriptor => mappings.push(FdMapping {
+            parent_fd: serial_in,
+            child_fd: SERIAL_FD,
+        }),
+        Console::Stdout => {
+            rustix::pipe::fcntl_setpipe_size(&serial_in, CONSOLE_PIPE)?;
+            command.stdout(Stdio::from(serial_in));
+        }
+    }
+    if let Some(jail) = orders.jail.clone() {
+        lock_in(&mut command, jail, network, orders);
+    }
     mappings.extend(
         (FIRST_FD..)
             .zip(fds)
@@ -181,21 +246,21 @@ fn spawn(orders: &Orders, fds: Vec<OwnedFd>) -> io::Result<Monitor> {
                 child_fd,
             }),
     );
-    let mut command = Command::new(&orders.program);
-    command
-        .args(&orders.args)
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::from(stderr_in))
-        .fd_mappings(mappings)
-        .map_err(io::Error::other)?;
-    kernel::die_with_parent(&mut command);
-    let child = command.spawn().map_err(|error| {
-        io::Error::other(format!("cannot run {}: {error}", orders.program.display()))
-    })?;
+    command.fd_mappings(mappings).map_err(io::Error::other)?;
+    kernel::die_with_parent(&mut command)?;
+    let spawned = command.spawn();
     // Dropping the command closes this process's copies of the monitor's descriptors.
     drop(command);
+    let child = spawned.map_err(|error| {
+        // What could not be done before the program was run is told there.
+        let mut words = [0; 512];
+        let count = stderr.read(&mut words).unwrap_or(0);
+        let program = orders.program.display();
+        match String::from_utf8_lossy(&words[..count]).trim() {
+            "" => io::Error::other(format!("cannot run {program}: {error}")),
+            why => io::Error::other(format!("cannot run {program}: {why}")),
+        }
+    })?;
     let pid = i32::try_from(child.id())
         .ok()
         .and_then(Pid::from_raw)
@@ -204,9 +269,23 @@ fn spawn(orders: &Orders, fds: Vec<OwnedFd>) -> io::Result<Monitor> {
         pidfd: rustix::process::pidfd_open(pid, PidfdFlags::empty())?,
         child,
         serial: File::from(serial),
-        stderr: File::from(stderr),
+        stderr,
         tail: Tail::new(STDERR_BYTES),
     })
+}
+
+/// Has the child of `command` build its jail and give up its rights before anything else.
+fn lock_in(command: &mut Command, jail: Jail, network: Option<OwnedFd>, orders: &Orders) {
+    let (uid, gid) = (orders.uid, orders.gid);
+    let hook = move || {
+        jail::enter(&jail, uid, gid, network.as_ref().map(AsFd::as_fd))
+            .and_then(|()| confine(uid, gid))
+            .inspect_err(|error| {
+                // The parent gets the number of an error at most; its words go this way.
+                let _ = io::stderr().write_all(error.to_string().as_bytes());
+            })
+    };
+    kernel::before_program(command, hook);
 }
 
 impl Monitor {

@@ -10,7 +10,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
-pub use choose::{Choice, choose};
+pub(crate) use choose::usable_firecracker;
+pub use choose::{Choice, Driver, DriverChoice, choose, choose_driver};
 pub use cpu::Cpu;
 pub use features::{Feature, Limits, Measured};
 pub use kvm::Kvm;
@@ -38,6 +39,8 @@ pub struct HostReport {
     pub qemu: Option<Tool>,
     /// Firecracker; `None` where it is not installed.
     pub firecracker: Option<Tool>,
+    /// What runs the machines if nobody asks for something else.
+    pub monitor: DriverChoice,
     /// What the kernel and the data folder offer.
     pub features: Vec<Feature>,
     /// What there is of everything.
@@ -50,7 +53,7 @@ pub fn host(data_dir: Option<&Path>) -> Result<HostReport, VmmError> {
     let failed = |what| move |source| VmmError::Probe { what, source };
     let cpu = Cpu::probe().map_err(failed("its processor"))?;
     let kvm = Kvm::probe(&cpu);
-    Ok(HostReport {
+    let mut report = HostReport {
         kernel: rustix::system::uname()
             .release()
             .to_string_lossy()
@@ -59,9 +62,15 @@ pub fn host(data_dir: Option<&Path>) -> Result<HostReport, VmmError> {
         kvm,
         qemu: tools::find(Monitor::Qemu),
         firecracker: tools::find(Monitor::Firecracker),
+        monitor: DriverChoice {
+            driver: Driver::Qemu,
+            why: String::new(),
+        },
         features: features::probe(data_dir),
         limits: Limits::probe().map_err(failed("its limits"))?,
-    })
+    };
+    report.monitor = choose_driver(&report, None)?;
+    Ok(report)
 }
 
 #[cfg(test)]

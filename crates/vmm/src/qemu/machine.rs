@@ -1,79 +1,32 @@
 //! One QEMU that runs: a connection to it, and a watch on its end.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 
 use super::launch;
-use super::record::{CONSOLE, Record, read_exit};
-use crate::keeper::unix_ms;
-use crate::machine::{
-    ExitCause, ExitReason, MachinePids, MemoryUse, ProcessId, RunState, SavedState,
-};
-use crate::process::{Watched, boot_id, private_bytes};
+use crate::machine::{ExitReason, MachinePids, MemoryUse, RunState, SavedState};
 use crate::qmp::{Migration, Qmp, QmpError};
+use crate::record::Monitor;
+use crate::supervised::{DEATH_PATIENCE, Supervised};
 use crate::{Machine, SavedDelta, VmmError};
-
-/// How long a process may take to vanish after SIGKILL: its memory is taken down first.
-const DEATH_PATIENCE: Duration = Duration::from_secs(20);
-
-/// How long the keeper may take to write down an end that was seen.
-const RECORD_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long after QEMU closed its socket its end must show.
-const CLOSED_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The longest that saving or loading a state may take without its memory.
 const STATE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A machine in QEMU.
 pub(super) struct QemuMachine {
-    dir: PathBuf,
-    pids: MachinePids,
     qmp: Qmp,
-    processes: Arc<Processes>,
-    exited: watch::Receiver<Option<ExitReason>>,
-    _watcher: Watcher,
+    process: Supervised,
     patience: Duration,
     /// QEMU may hold descriptors that it needs no more.
     transients: AtomicBool,
-}
-
-struct Processes {
-    keeper: Option<Watched>,
-    vmm: Watched,
-    /// Somebody has been given the machine. One that is dropped before, because a step
-    /// failed or its caller gave up, must not live on.
-    claimed: AtomicBool,
-}
-
-impl Drop for Processes {
-    fn drop(&mut self) {
-        if !self.claimed.load(Ordering::Acquire)
-            && let Err(error) = self.vmm.kill()
-        {
-            tracing::error!(%error, "a machine that nobody was given was not ended");
-        }
-    }
-}
-
-/// The task that waits for the machine's end; ends with its handle.
-struct Watcher(JoinHandle<()>);
-
-impl Drop for Watcher {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 impl QemuMachine {
@@ -83,39 +36,23 @@ impl QemuMachine {
         pids: MachinePids,
         patience: Duration,
     ) -> Result<QemuMachine, VmmError> {
-        let Some(processes) = hold(pids)? else {
-            return Err(VmmError::Ended {
-                doing: "starting",
-                reason: reason_in(&dir, pids, RECORD_PATIENCE).await,
-            });
-        };
-        let (sender, exited) = watch::channel(None);
-        let processes = Arc::new(processes);
-        let watcher = Watcher(tokio::spawn(watch_end(
-            dir.clone(),
-            processes.clone(),
-            sender,
-        )));
+        let process = Supervised::started(dir, pids).await?;
         let connected = async {
-            let stream = launch::connect(&dir)
+            let stream = launch::connect(process.dir())
                 .await
                 .map_err(|error| QmpError::Socket(error.to_string()))?;
             Qmp::negotiate(stream, patience).await
         };
         match connected.await {
             Ok(qmp) => Ok(QemuMachine {
-                dir,
-                pids,
                 qmp,
-                processes,
-                exited,
-                _watcher: watcher,
+                process,
                 patience,
                 transients: AtomicBool::new(false),
             }),
             Err(source) => {
-                let killed = processes.vmm.kill();
-                let reason = seen_end(exited, DEATH_PATIENCE).await;
+                let killed = process.shoot();
+                let reason = process.ended_within(DEATH_PATIENCE).await;
                 match (source, reason) {
                     (QmpError::Closed | QmpError::Socket(_), Some(reason)) => {
                         Err(VmmError::Ended {
@@ -142,22 +79,9 @@ impl QemuMachine {
         dir: &Path,
         patience: Duration,
     ) -> Result<Option<QemuMachine>, VmmError> {
-        let Some(record) = Record::read(dir)? else {
+        let Some(process) = Supervised::adopt(dir, Monitor::Qemu)? else {
             return Ok(None);
         };
-        let boot_id = boot_id().map_err(|source| VmmError::Probe {
-            what: "its boot id",
-            source,
-        })?;
-        if record.boot_id != boot_id {
-            return Ok(None);
-        }
-        let Some(processes) = hold(record.pids)? else {
-            return Ok(None);
-        };
-        processes.claimed.store(true, Ordering::Release);
-        let (sender, exited) = watch::channel(None);
-        let processes = Arc::new(processes);
         let failed = |source| VmmError::Qmp {
             doing: "its adoption",
             source,
@@ -173,15 +97,9 @@ impl QemuMachine {
         if status.get("running") == Some(&Value::Bool(true)) {
             qmp.run_state().send_replace(RunState::Running);
         }
-        let watcher = tokio::spawn(watch_end(dir.to_owned(), processes.clone(), sender));
-        let watcher = Watcher(watcher);
         let machine = QemuMachine {
-            dir: dir.to_owned(),
-            pids: record.pids,
             qmp,
-            processes,
-            exited,
-            _watcher: watcher,
+            process,
             patience,
             // The earlier agent may have died before it saw to that.
             transients: AtomicBool::new(true),
@@ -194,7 +112,7 @@ impl QemuMachine {
 
     /// Marks the machine as somebody's: from here on dropping its handle leaves it alive.
     pub(super) fn claim(self) -> QemuMachine {
-        self.processes.claimed.store(true, Ordering::Release);
+        self.process.claim();
         self
     }
 
@@ -243,7 +161,7 @@ impl QemuMachine {
         match result {
             Ok(value) => Ok(value),
             Err(source @ (QmpError::Closed | QmpError::Socket(_))) => {
-                match seen_end(self.exited.clone(), CLOSED_PATIENCE).await {
+                match self.process.ended_soon().await {
                     Some(reason) => Err(VmmError::Ended { doing, reason }),
                     None => Err(VmmError::Qmp { doing, source }),
                 }
@@ -269,7 +187,7 @@ impl QemuMachine {
 
     /// How it ended, if it is about to.
     pub(super) async fn ended_soon(&self) -> Option<ExitReason> {
-        seen_end(self.exited.clone(), CLOSED_PATIENCE).await
+        self.process.ended_soon().await
     }
 
     pub(super) fn expect_migration(&self) -> watch::Receiver<Migration> {
@@ -282,7 +200,7 @@ impl QemuMachine {
         mut status: watch::Receiver<Migration>,
     ) -> Result<Migration, VmmError> {
         let doing = "moving its state";
-        let mut exited = self.exited.clone();
+        let mut exited = self.process.exited();
         let waited = tokio::time::timeout(STATE_PATIENCE.max(self.patience), async {
             tokio::select! {
                 ended = status.wait_for(|status| *status != Migration::Pending) => {
@@ -389,137 +307,22 @@ impl Machine for QemuMachine {
     }
 
     fn exited(&self) -> watch::Receiver<Option<ExitReason>> {
-        self.exited.clone()
+        self.process.exited()
     }
 
     async fn kill(&self) -> Result<ExitReason, VmmError> {
-        if let Some(reason) = self.exited.borrow().clone() {
-            return Ok(reason);
-        }
-        self.processes
-            .vmm
-            .kill()
-            .map_err(|source| VmmError::Process {
-                what: "the death",
-                pid: self.pids.vmm.pid,
-                source,
-            })?;
-        seen_end(self.exited.clone(), DEATH_PATIENCE)
-            .await
-            .ok_or(VmmError::Undead {
-                pid: self.pids.vmm.pid,
-                waited: DEATH_PATIENCE,
-            })
+        self.process.kill().await
     }
 
     fn console_tail(&self, bytes: usize) -> Result<Vec<u8>, VmmError> {
-        let path = self.dir.join(CONSOLE);
-        let read = || -> io::Result<Vec<u8>> {
-            let file = File::open(&path)?;
-            let length = file.metadata()?.len();
-            let start = length.saturating_sub(bytes as u64);
-            let mut tail = vec![0; (length - start) as usize];
-            // The log may be cut meanwhile: what is there then is shorter.
-            let mut filled = 0;
-            while filled < tail.len() {
-                match file.read_at(&mut tail[filled..], start + filled as u64)? {
-                    0 => break,
-                    count => filled += count,
-                }
-            }
-            tail.truncate(filled);
-            Ok(tail)
-        };
-        read().map_err(|source| VmmError::File {
-            what: "cannot read the console",
-            path: path.clone(),
-            source,
-        })
+        self.process.console_tail(bytes)
     }
 
     fn pids(&self) -> MachinePids {
-        self.pids
+        self.process.pids()
     }
 
     async fn memory_use(&self) -> Result<MemoryUse, VmmError> {
-        let of = |process: ProcessId| {
-            private_bytes(process.pid).map_err(|source| VmmError::Process {
-                what: "the memory use",
-                pid: process.pid,
-                source,
-            })
-        };
-        Ok(MemoryUse {
-            vmm: of(self.pids.vmm)?,
-            keeper: of(self.pids.keeper)?,
-        })
-    }
-}
-
-/// Holds a machine's processes; `None` when QEMU has ended.
-fn hold(pids: MachinePids) -> Result<Option<Processes>, VmmError> {
-    let open = |process: ProcessId| {
-        Watched::open(process).map_err(|source| VmmError::Process {
-            what: "the identity",
-            pid: process.pid,
-            source,
-        })
-    };
-    let Some(vmm) = open(pids.vmm)? else {
-        return Ok(None);
-    };
-    Ok(Some(Processes {
-        keeper: open(pids.keeper)?,
-        vmm,
-        claimed: AtomicBool::new(false),
-    }))
-}
-
-/// Waits for QEMU's end and publishes how it came.
-async fn watch_end(
-    dir: PathBuf,
-    processes: Arc<Processes>,
-    exited: watch::Sender<Option<ExitReason>>,
-) {
-    if let Err(error) = processes.vmm.ended().await {
-        tracing::error!(%error, dir = %dir.display(), "a machine cannot be watched");
-        return;
-    }
-    if let Some(keeper) = &processes.keeper {
-        match tokio::time::timeout(RECORD_PATIENCE, keeper.ended()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "a keeper cannot be watched"),
-            Err(_) => tracing::warn!(dir = %dir.display(), "a keeper outlives its machine"),
-        }
-    }
-    exited.send_replace(Some(recorded_end(&dir)));
-}
-
-/// What the keeper wrote, or that it wrote nothing.
-fn recorded_end(dir: &Path) -> ExitReason {
-    read_exit(dir).unwrap_or_else(|| ExitReason {
-        cause: ExitCause::Unseen,
-        at_unix_ms: unix_ms(),
-        stderr: String::new(),
-    })
-}
-
-/// The end of a machine that was dead before it could be held.
-async fn reason_in(dir: &Path, pids: MachinePids, patience: Duration) -> ExitReason {
-    if let Ok(Some(keeper)) = Watched::open(pids.keeper) {
-        // If it does not end in time, what it has written so far must do.
-        let _ = tokio::time::timeout(patience, keeper.ended()).await;
-    }
-    recorded_end(dir)
-}
-
-async fn seen_end(
-    mut exited: watch::Receiver<Option<ExitReason>>,
-    patience: Duration,
-) -> Option<ExitReason> {
-    let waited = tokio::time::timeout(patience, exited.wait_for(Option::is_some)).await;
-    match waited {
-        Ok(Ok(reason)) => reason.clone(),
-        _ => None,
+        self.process.memory_use()
     }
 }

@@ -8,7 +8,6 @@ mod args;
 mod launch;
 mod layers;
 mod machine;
-mod record;
 mod restore;
 mod save;
 
@@ -22,7 +21,10 @@ use self::machine::QemuMachine;
 pub use self::save::state_file;
 use crate::keeper::Launcher;
 use crate::probe::{Choice, HostReport, QEMU_MINIMUM};
-use crate::{BootSpec, Delta, Fingerprint, Machine, RestoreSpec, Vmm, VmmError, VmmInfo};
+use crate::{
+    BootSpec, Delta, Fingerprint, Machine, RestoreSpec, ServedSpec, Vmm, VmmError, VmmInfo,
+    create_overlay,
+};
 
 /// What the driver needs to know.
 #[derive(Debug, Clone)]
@@ -138,6 +140,18 @@ impl Vmm for QemuVmm {
     ) -> Result<Arc<dyn Machine>, VmmError> {
         let machine = self.start_saved(spec, Some(delta)).await?;
         Ok(Arc::new(machine.claim()))
+    }
+
+    async fn restore_served(&self, _spec: ServedSpec) -> Result<Arc<dyn Machine>, VmmError> {
+        Err(VmmError::Unsupported {
+            monitor: "QEMU",
+            what: "take its memory from a page server",
+            why: "it maps the template's memory; use `restore` or `restore_delta`".into(),
+        })
+    }
+
+    fn create_layer(&self, path: &Path, disk_bytes: u64) -> Result<(), VmmError> {
+        Ok(create_overlay(path, disk_bytes)?)
     }
 
     async fn adopt(&self, dir: &Path) -> Result<Option<Arc<dyn Machine>>, VmmError> {

@@ -8,10 +8,11 @@ use serde_json::json;
 
 use super::QemuVmm;
 use super::args::Start;
-use super::launch::{Kernel, check_memory, sealed_memfd};
+use super::launch::Kernel;
 use super::machine::QemuMachine;
 use crate::delta::inject;
 use crate::guest_memory::GuestMemory;
+use crate::memfd::sealed_memfd;
 use crate::qmp::Migration;
 use crate::{Delta, RestoreSpec, SealedMemory, VmmError};
 
@@ -28,7 +29,7 @@ impl QemuVmm {
             memory,
             state,
         } = spec;
-        check_memory(&spec, memory.bytes())?;
+        spec.check_memory(memory.bytes())?;
         let shared = |source| VmmError::File {
             what: "cannot share the memory of",
             path: spec.dir.clone(),

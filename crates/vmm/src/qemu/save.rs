@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::launch::{new_memfd, sealed_memfd};
 use super::machine::QemuMachine;
-use crate::delta::{ChangedPages, DeltaError, FIRMWARE_BYTES, Firmware, SaveTimes, SavedDelta};
+use crate::delta::{
+    ChangedPages, DeltaError, FIRMWARE_BYTES, Firmware, SaveTimes, SavedDelta, Source,
+};
 use crate::guest_memory::GuestMemory;
+use crate::memfd::{new_memfd, sealed_memfd};
 use crate::{Machine, VmmError};
 
 /// Where the guest sees the firmware segment.
@@ -75,7 +77,7 @@ impl QemuMachine {
         Ok(SavedDelta {
             state,
             firmware,
-            pages: ChangedPages::new(memory, running, ranges),
+            pages: ChangedPages::new(Source::Process(memory), running, ranges),
             times: SaveTimes {
                 stop,
                 state: state_took,

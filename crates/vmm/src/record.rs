@@ -1,5 +1,6 @@
 //! `machine.json`: which processes a machine's folder belongs to.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,9 +13,8 @@ use crate::machine::{ExitReason, MachinePids};
 
 const RECORD: &str = "machine.json";
 const RECORD_TEMPORARY: &str = "machine.json.new";
-pub(super) const EXIT: &str = "exit.json";
-pub(super) const CONSOLE: &str = "console.log";
-pub(super) const CONTROL: &str = "qmp.sock";
+pub(crate) const EXIT: &str = "exit.json";
+pub(crate) const CONSOLE: &str = "console.log";
 
 /// Version of the file.
 const VERSION: u32 = 1;
@@ -22,26 +22,50 @@ const VERSION: u32 = 1;
 /// A machine that was started in this folder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct Record {
+pub(crate) struct Record {
     version: u32,
     /// Run of the host in which the processes were started.
-    pub(super) boot_id: String,
+    pub(crate) boot_id: String,
     /// The processes.
-    pub(super) pids: MachinePids,
+    pub(crate) pids: MachinePids,
+    /// What runs the machine; a record from before there was a choice names none.
+    #[serde(default)]
+    pub(crate) monitor: Monitor,
+}
+
+/// A monitor that a driver exists for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Monitor {
+    /// QEMU.
+    #[default]
+    Qemu,
+    /// Firecracker.
+    Firecracker,
+}
+
+impl fmt::Display for Monitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Monitor::Qemu => "QEMU",
+            Monitor::Firecracker => "Firecracker",
+        })
+    }
 }
 
 impl Record {
-    pub(super) fn new(boot_id: String, pids: MachinePids) -> Record {
+    pub(crate) fn new(boot_id: String, pids: MachinePids, monitor: Monitor) -> Record {
         Record {
             version: VERSION,
             boot_id,
             pids,
+            monitor,
         }
     }
 
     /// Writes the record so that a reader finds all of it or none. It speaks of processes,
     /// which no crash of the host survives, so it is not synced.
-    pub(super) fn write(&self, dir: &Path) -> Result<(), VmmError> {
+    pub(crate) fn write(&self, dir: &Path) -> Result<(), VmmError> {
         let path = dir.join(RECORD);
         let temporary = dir.join(RECORD_TEMPORARY);
         let write = || {
@@ -62,7 +86,7 @@ impl Record {
     }
 
     /// The record in `dir`; `None` where no machine was ever started.
-    pub(super) fn read(dir: &Path) -> Result<Option<Record>, VmmError> {
+    pub(crate) fn read(dir: &Path) -> Result<Option<Record>, VmmError> {
         let path = dir.join(RECORD);
         let failed = |source| VmmError::File {
             what: "cannot read",
@@ -87,7 +111,7 @@ impl Record {
 }
 
 /// What the keeper wrote at the machine's end; `None` if it has not or never could.
-pub(super) fn read_exit(dir: &Path) -> Option<ExitReason> {
+pub(crate) fn read_exit(dir: &Path) -> Option<ExitReason> {
     let bytes = fs::read(dir.join(EXIT)).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
@@ -108,9 +132,16 @@ mod tests {
                 keeper: id(1),
                 vmm: id(2),
             },
+            Monitor::Firecracker,
         );
         record.write(dir.path()).unwrap();
-        assert_eq!(Record::read(dir.path()).unwrap(), Some(record));
+        assert_eq!(Record::read(dir.path()).unwrap(), Some(record.clone()));
+        let text = fs::read_to_string(dir.path().join(RECORD)).unwrap();
+        let older = text.replace(r#","monitor":"firecracker""#, "");
+        assert_ne!(older, text);
+        fs::write(dir.path().join(RECORD), older).unwrap();
+        let older = Record::read(dir.path()).unwrap().unwrap();
+        assert_eq!((older.pids, older.monitor), (record.pids, Monitor::Qemu));
         fs::write(dir.path().join(RECORD), b"{\"version\":1").unwrap();
         assert!(Record::read(dir.path()).is_err());
     }
