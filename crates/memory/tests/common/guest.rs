@@ -335,7 +335,11 @@ pub fn main(arguments: &[String]) -> ExitCode {
                 "ok".into()
             }
             "touch-random" => {
-                let mut pages: Vec<usize> = (0..memory.pages()).collect();
+                // Of each 16 pages, a chunk of a generation, either the first or the others.
+                let first = words[3] == "first";
+                let mut pages: Vec<usize> = (0..memory.pages())
+                    .filter(|page| (page % 16 == 0) == first)
+                    .collect();
                 Random(number(1) as u64).shuffle(&mut pages);
                 let began = Instant::now();
                 for page in &pages[..number(2)] {

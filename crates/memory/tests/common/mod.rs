@@ -242,7 +242,7 @@ impl Rig {
     }
 }
 
-fn sealed(bytes: usize, data: &[u64], content: &[u8]) -> File {
+pub fn sealed(bytes: usize, data: &[u64], content: &[u8]) -> File {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = File::from(rustix::fs::memfd_create("base", flags).unwrap());
     file.set_len(bytes as u64).unwrap();
@@ -433,6 +433,12 @@ impl Guest {
     pub fn end(mut self) {
         drop(self.commands.take());
         assert!(self.child.wait().unwrap().success());
+    }
+
+    /// Waits for its end, and gives the signal if it was one.
+    pub fn let_go(mut self) -> Option<i32> {
+        drop(self.commands.take());
+        self.killed_by()
     }
 
     pub fn kill(&mut self) {
