@@ -1,7 +1,7 @@
 //! What the page server does per second, beside the least that could do it (`bare.c`, built
 //! with `cc` here), with the same guest, in turns, so that whatever else runs hits all alike.
 //!
-//! `cargo bench -p wrenn-memory --bench page_server [-- ROUNDS]`
+//! `cargo bench --workspace --bench page_server [-- ROUNDS] [faults | batches]`
 #![allow(clippy::unwrap_used)]
 #![expect(
     clippy::print_stdout,
@@ -18,7 +18,6 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use wrenn_memory::{Policy, State, WorkingSet};
-use wrenn_snapshot::PAGE;
 
 const MIB: u32 = 512;
 const FAULTS: usize = 8192;
@@ -29,7 +28,16 @@ fn main() -> ExitCode {
         return guest::main(&arguments[2..]);
     }
     let rounds = arguments.iter().skip(1).find_map(|word| word.parse().ok());
-    measure(rounds.unwrap_or(7));
+    let asked = |part: &str| arguments.iter().any(|word| word == part);
+    let memories = Memories::make();
+    let rounds = rounds.unwrap_or(7);
+    conditions(rounds);
+    if !asked("batches") {
+        measure_faults(&memories, rounds);
+    }
+    if !asked("faults") {
+        measure_batches(&memories, rounds);
+    }
     ExitCode::SUCCESS
 }
 
@@ -106,6 +114,10 @@ impl Memories {
         }
     }
 
+    fn served(&self) -> [(&'static str, &Rig); 2] {
+        [("base", &self.base), ("generation", &self.generation)]
+    }
+
     /// The bare handler, and what it prints.
     fn bare(&self, how: &str) -> (Child, PathBuf) {
         let socket = self.base.path("bare.sock");
@@ -136,33 +148,39 @@ fn fault_rates(guest: &mut Guest, seed: u64) -> (f64, f64) {
     (rate("first"), rate("others"))
 }
 
-fn measure(rounds: usize) {
-    let memories = Memories::make();
+fn measure_faults(memories: &Memories, rounds: usize) {
     let pages = memories.base.pages();
-    let (mut faults, mut batches) = (Table::default(), Table::default());
+    let mut table = Table::default();
     for round in 0..rounds as u64 {
         let (mut child, socket) = memories.bare("faults");
         let mut guest = Guest::start(&socket, pages, 1);
         let (first, others) = fault_rates(&mut guest, round);
-        faults.add("bare C", others);
-        faults.add("bare C, one page of each 64 KiB", first);
+        table.add("bare C", others);
+        table.add("bare C, one page of each 64 KiB", first);
         guest.end();
         assert!(child.wait().unwrap().success());
 
-        for (name, rig) in [
-            ("base", &memories.base),
-            ("generation", &memories.generation),
-        ] {
+        for (name, rig) in memories.served() {
             let server = rig.serve(Policy::default());
+            // As long as a monitor takes to start.
+            std::thread::sleep(Duration::from_millis(100));
             let mut guest = Guest::start(&server.config.socket, pages, 1);
             let (first, others) = fault_rates(&mut guest, round);
-            faults.add(&format!("{name}, verified before"), others);
-            faults.add(&format!("{name}, each page the first of its chunk"), first);
+            table.add(&format!("{name}, verified before"), others);
+            table.add(&format!("{name}, each page the first of its chunk"), first);
             guest.end();
             server.end().unwrap();
         }
+    }
+    println!("One fault at a time, random pages, {FAULTS} each (thousand per second):");
+    table.print("k/s", "bare C");
+}
 
-        let gib = f64::from(MIB) / 1024.0;
+fn measure_batches(memories: &Memories, rounds: usize) {
+    let pages = memories.base.pages();
+    let gib = f64::from(MIB) / 1024.0;
+    let mut table = Table::default();
+    for round in 0..rounds as u64 {
         for (how, name) in [
             ("1048576", "bare C, 1 MiB a call"),
             ("65536", "bare C, 64 KiB a call"),
@@ -173,14 +191,11 @@ fn measure(rounds: usize) {
             BufReader::new(child.stdout.take().unwrap())
                 .read_line(&mut line)
                 .unwrap();
-            batches.add(name, gib / line.trim().parse::<f64>().unwrap() * 1e9);
+            table.add(name, gib / line.trim().parse::<f64>().unwrap() * 1e9);
             guest.end();
             assert!(child.wait().unwrap().success());
         }
-        for (name, rig) in [
-            ("base", &memories.base),
-            ("generation", &memories.generation),
-        ] {
+        for (name, rig) in memories.served() {
             let path = rig.path("working-set");
             for (what, run, part) in [
                 ("background, everything", pages, 1),
@@ -201,18 +216,15 @@ fn measure(rounds: usize) {
                     }
                 };
                 let took = bring(rig, policy, pages / part);
-                batches.add(
+                table.add(
                     &format!("{name}, {what}"),
                     gib / part as f64 / took.as_secs_f64(),
                 );
             }
         }
     }
-    conditions(rounds);
-    println!("One fault at a time, random pages, {FAULTS} each (thousand per second):");
-    faults.print("k/s", "bare C");
     println!("Brought before they are asked for, {MIB} MiB of memory:");
-    batches.print("GiB/s", "bare C, 1 MiB a call");
+    table.print("GiB/s", "bare C, 1 MiB a call");
 }
 
 /// Every second run of so many pages, in random order.
@@ -223,7 +235,7 @@ fn working_set(pages: u64, run: u64, seed: u64, path: &Path) {
     WorkingSet::new(pages, order).save(path).unwrap();
 }
 
-/// How long it takes until these pages are there, from the handshake on.
+/// How long it takes until these pages are there, from the handshake on, to a millisecond.
 fn bring(rig: &Rig, policy: Policy, wanted: u64) -> Duration {
     let server = rig.serve(policy);
     let guest = Guest::start_how(&server.config.socket, rig.pages(), 1, "well");
@@ -235,7 +247,7 @@ fn bring(rig: &Rig, policy: Policy, wanted: u64) -> Duration {
             assert_eq!(status.counts.prefetched + status.counts.background, wanted);
             break began.elapsed();
         }
-        std::thread::sleep(Duration::from_micros(300));
+        std::thread::sleep(Duration::from_millis(1));
     };
     guest.end();
     server.end().unwrap();

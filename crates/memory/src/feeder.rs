@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use wrenn_snapshot::{PAGE, PageRange, PageReader, is_zero};
 
 use crate::ServeError;
-use crate::layers::Layers;
+use crate::layers::{Kind, Layers};
 use crate::settled::Settled;
 use crate::status::Shared;
 use crate::working_set::WorkingSet;
@@ -51,8 +51,18 @@ pub(crate) struct Batch {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Piece {
     pub(crate) pages: PageRange,
-    /// Where their content begins in the batch; `None`: they are zero.
-    pub(crate) at: Option<usize>,
+    pub(crate) content: Content,
+}
+
+/// Where the content of pages is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// They are zero.
+    Zero,
+    /// In the base.
+    Base,
+    /// In the batch, from this byte on.
+    Batch(usize),
 }
 
 /// Ends without an error when the receiver is gone.
@@ -60,7 +70,7 @@ struct NotWanted;
 
 /// The one that reads.
 pub(crate) struct Feeder<'a> {
-    reader: PageReader<'a>,
+    reader: PageReader<'static>,
     layers: &'a Layers,
     settled: &'a Settled,
     shared: &'a Shared,
@@ -68,7 +78,10 @@ pub(crate) struct Feeder<'a> {
     /// Batches that were used up.
     empties: Receiver<Batch>,
     batch: Batch,
+    /// Bytes that were read into the batch.
     filled: usize,
+    /// Pages with data that the batch brings, wherever it lies.
+    data: u64,
 }
 
 impl<'a> Feeder<'a> {
@@ -92,6 +105,7 @@ impl<'a> Feeder<'a> {
                 pieces: Vec::new(),
             },
             filled: 0,
+            data: 0,
         })
     }
 
@@ -143,10 +157,11 @@ impl<'a> Feeder<'a> {
             count: range.end() - next,
         }) {
             next = open.end();
-            for (zero, part) in layers.parts(open) {
-                match zero {
-                    true => self.push(part, None)?,
-                    false => self.read(part)?,
+            for (kind, part) in layers.parts(open) {
+                match kind {
+                    Kind::Zero => self.push(part, Content::Zero)?,
+                    Kind::Base => self.look_at(part)?,
+                    Kind::Read => self.read(part)?,
                 }
             }
         }
@@ -157,10 +172,9 @@ impl<'a> Feeder<'a> {
     fn read(&mut self, range: PageRange) -> Result<(), NotWanted> {
         let mut next = range.first;
         while next < range.end() {
-            let room = BATCH_PAGES - (self.filled / PAGE) as u64;
             let part = PageRange {
                 first: next,
-                count: room.min(range.end() - next),
+                count: (BATCH_PAGES - self.data).min(range.end() - next),
             };
             let (from, to) = (self.filled, self.filled + part.count as usize * PAGE);
             if self.batch.bytes.len() < to {
@@ -175,51 +189,46 @@ impl<'a> Feeder<'a> {
                     last: part.end() - 1,
                     source,
                 };
-                // What was read before it may still be of use, but not for long.
+                // Nobody who does not want batches wants this.
                 let _ = self.batches.send(Err(error));
                 return Err(NotWanted);
             }
             next = part.end();
             self.filled = to;
-            self.sort_out_zeros(part, from)?;
-            if self.filled >= BATCH_PAGES as usize * PAGE {
-                self.flush(self.batch.purpose)?;
+            self.push(part, Content::Batch(from))?;
+        }
+        Ok(())
+    }
+
+    /// Adds pages of the base, run by run: they may be zero without being holes, and a zero
+    /// page costs the machine no memory.
+    fn look_at(&mut self, range: PageRange) -> Result<(), NotWanted> {
+        let mut next = range.first;
+        while next < range.end() {
+            let rest = PageRange {
+                first: next,
+                count: (BATCH_PAGES - self.data).min(range.end() - next),
+            };
+            let mut kinds = self.layers.in_base(rest).chunks_exact(PAGE).map(is_zero);
+            let zero = kinds.next().unwrap_or_default();
+            let count = 1 + kinds.take_while(|kind| *kind == zero).count() as u64;
+            let pages = PageRange { first: next, count };
+            next = pages.end();
+            match zero {
+                true => self.push(pages, Content::Zero)?,
+                false => self.push(pages, Content::Base)?,
             }
         }
         Ok(())
     }
 
-    /// Adds the pages of `part`, whose content begins at `from`, run by run: a base's pages
-    /// may be zero without being holes, and a zero page costs the machine no memory.
-    fn sort_out_zeros(&mut self, part: PageRange, from: usize) -> Result<(), NotWanted> {
-        let mut done = 0;
-        while done < part.count {
-            let start = from + done as usize * PAGE;
-            let end = from + part.count as usize * PAGE;
-            let pages = self.batch.bytes[start..end].chunks_exact(PAGE);
-            let mut kinds = pages.map(is_zero);
-            let Some(zero) = kinds.next() else { break };
-            let count = 1 + kinds.take_while(|kind| *kind == zero).count() as u64;
-            let pages = PageRange {
-                first: part.first + done,
-                count,
-            };
-            // Not flushed in between: what follows lies in the same buffer.
-            self.batch.pieces.push(Piece {
-                pages,
-                at: (!zero).then_some(start),
-            });
-            done += count;
+    /// Adds a piece, and hands the batch over if it is full.
+    fn push(&mut self, pages: PageRange, content: Content) -> Result<(), NotWanted> {
+        self.batch.pieces.push(Piece { pages, content });
+        if content != Content::Zero {
+            self.data += pages.count;
         }
-        if self.batch.pieces.len() >= MAX_PIECES {
-            self.flush(self.batch.purpose)?;
-        }
-        Ok(())
-    }
-
-    fn push(&mut self, pages: PageRange, at: Option<usize>) -> Result<(), NotWanted> {
-        self.batch.pieces.push(Piece { pages, at });
-        match self.batch.pieces.len() >= MAX_PIECES {
+        match self.data >= BATCH_PAGES || self.batch.pieces.len() >= MAX_PIECES {
             true => self.flush(self.batch.purpose),
             false => Ok(()),
         }
@@ -236,6 +245,7 @@ impl<'a> Feeder<'a> {
             let full = std::mem::replace(&mut self.batch, empty);
             self.batch.pieces.clear();
             self.filled = 0;
+            self.data = 0;
             self.batches.send(Ok(full)).map_err(|_| NotWanted)?;
             self.shared.for_server.ring();
         }

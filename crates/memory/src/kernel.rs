@@ -1,6 +1,6 @@
-//! userfaultfd and pidfd: the few calls that the compiler cannot check.
+//! userfaultfd, pidfd and one mapping: the few calls that the compiler cannot check.
 //!
-//! Nothing here can harm this process's memory: the kernel reads a slice that is borrowed for
+//! No call here can harm this process's memory: the kernel reads a slice that is borrowed for
 //! the call, or writes to the argument of the call. What is written is another process's.
 #![allow(unsafe_code)]
 
@@ -12,7 +12,8 @@ use linux_raw_sys::general::{
     UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP, uffdio_copy, uffdio_range, uffdio_zeropage,
 };
 use linux_raw_sys::ioctl::{UFFDIO_COPY, UFFDIO_WAKE, UFFDIO_ZEROPAGE};
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
 use wrenn_snapshot::PAGE;
 
 /// Bytes of a `struct uffd_msg`.
@@ -231,6 +232,72 @@ pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     }
     // SAFETY: the call returned a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A file that nobody can change any more, mapped for reading.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    start: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: it is read only, and its content does not change.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    /// Maps the first `bytes` bytes, of at least 1, of a file; refuses it unless it is sealed
+    /// against writing and shrinking.
+    pub(crate) fn new(file: &std::fs::File, bytes: usize) -> io::Result<Mapped> {
+        let seals = rustix::fs::fcntl_get_seals(file)?;
+        let fixed = SealFlags::WRITE | SealFlags::SHRINK;
+        if !seals.contains(fixed) || file.metadata()?.len() < bytes as u64 {
+            return Err(io::Error::other("it is not sealed, or shorter"));
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice. The seals, which cannot
+        // be undone, keep it from changing and from ending before `bytes`.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ,
+                MapFlags::PRIVATE,
+                file,
+                0,
+            )
+        }?;
+        Ok(Mapped {
+            start: start.cast(),
+            bytes,
+        })
+    }
+
+    /// Makes the kernel enter a part of it, in whole pages, in this process's page table, so
+    /// that its first use costs nothing. It may refuse (before Linux 5.14); no harm is done.
+    pub(crate) fn populate(&self, from: usize, bytes: usize) {
+        if let Some(part) = self.bytes().get(from..from + bytes) {
+            let start = part.as_ptr().cast_mut().cast();
+            // SAFETY: the part lies in the mapping, which stays what it is.
+            let _ =
+                unsafe { rustix::mm::madvise(start, bytes, rustix::mm::Advice::LinuxPopulateRead) };
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping has so many bytes, is not changed, and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing borrows from it any more.
+        let unmapped = unsafe { rustix::mm::munmap(self.start.cast(), self.bytes) };
+        if let Err(error) = unmapped {
+            tracing::warn!(%error, "cannot unmap a base");
+        }
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use wrenn_snapshot::{Memory, PageRange, PageReader, Result, Source, Store};
+use wrenn_snapshot::{Base, BaseBytes, Memory, PageRange, PageReader, Result, Source, Store};
 
 use crate::ServeError;
 use crate::base::SealedBase;
@@ -14,6 +14,17 @@ pub(crate) struct Layers {
     base: Option<SealedBase>,
 }
 
+/// How a page's content is had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// It is known to be zero.
+    Zero,
+    /// It lies in the base, in memory: [`Layers::in_base`].
+    Base,
+    /// It has to be read: [`Layers::reader`].
+    Read,
+}
+
 impl Layers {
     /// Opens what the orders name, and verifies all of its metadata. Blocking.
     pub(crate) fn open(config: &Config) -> Result<Layers, ServeError> {
@@ -23,10 +34,7 @@ impl Layers {
         };
         let memory = match (config.snapshot, &base) {
             (Some(id), _) => open_snapshot(&config.store, id, config.pinned_by.as_deref())?,
-            (None, Some(base)) => Memory::untouched(
-                wrenn_snapshot::Base::pages(base),
-                Some(wrenn_snapshot::Base::id(base)),
-            ),
+            (None, Some(base)) => Memory::untouched(base.pages(), Some(base.as_base().id)),
             (None, None) => return Err(ServeError::NoMemory("nothing".into())),
         };
         let layers = Layers { memory, base };
@@ -38,7 +46,9 @@ impl Layers {
                 needed.map(|id| id.to_string()).unwrap_or_default()
             )));
         }
-        layers.reader().map_err(ServeError::Snapshot)?;
+        let bytes = layers.base_bytes();
+        let base = bytes.as_ref().map(|bytes| bytes as &dyn Base);
+        layers.memory.reader(base).map_err(ServeError::Snapshot)?;
         Ok(layers)
     }
 
@@ -46,43 +56,61 @@ impl Layers {
         self.memory.map().pages()
     }
 
-    /// A reader for one thread.
-    pub(crate) fn reader(&self) -> Result<PageReader<'_>> {
-        // A snapshot that is laid over nothing needs no base, and refuses one.
+    /// A snapshot that is laid over nothing needs no base, and refuses one.
+    fn base_bytes(&self) -> Option<BaseBytes<'_>> {
         let base = self.memory.map().base().and(self.base.as_ref());
-        self.memory
-            .reader(base.map(|base| base as &dyn wrenn_snapshot::Base))
+        base.map(SealedBase::as_base)
     }
 
-    /// Whether page `first` is known to be zero without reading it, and how many of the
-    /// `count` pages from it on are alike.
-    pub(crate) fn zero(&self, first: u64, count: u64) -> (bool, u64) {
-        let Some(extent) = self.memory.map().lookup(first) else {
-            return (false, count);
-        };
-        let count = count.min(extent.range.count);
-        match (extent.source, &self.base) {
-            (Source::Zero, _) => (true, count),
-            (Source::Base, Some(base)) => base.hole(first, count),
-            (Source::Base | Source::Data { .. }, _) => (false, count),
+    /// Prepares what can be, as long as `wanted`.
+    pub(crate) fn warm(&self, wanted: impl Fn() -> bool) {
+        if let Some(base) = &self.base {
+            base.warm(wanted);
         }
     }
 
-    /// The parts of `range`, alternately known to be zero and not.
-    pub(crate) fn parts(&self, range: PageRange) -> impl Iterator<Item = (bool, PageRange)> + '_ {
+    /// A reader for one thread, of the pages that are to be read.
+    pub(crate) fn reader(&self) -> Result<PageReader<'static>> {
+        self.memory.reader(None)
+    }
+
+    /// The content of pages that are in the base.
+    pub(crate) fn in_base(&self, range: PageRange) -> &[u8] {
+        let base = self.base.as_ref();
+        base.map(|base| base.content(range)).unwrap_or_default()
+    }
+
+    /// How page `first` is had, and how many of the `count` pages from it on are alike.
+    pub(crate) fn kind(&self, first: u64, count: u64) -> (Kind, u64) {
+        let Some(extent) = self.memory.map().lookup(first) else {
+            return (Kind::Read, count);
+        };
+        let count = count.min(extent.range.count);
+        match (extent.source, &self.base) {
+            (Source::Zero, _) => (Kind::Zero, count),
+            (Source::Base, Some(base)) => match base.hole(first, count) {
+                (true, count) => (Kind::Zero, count),
+                (false, count) => (Kind::Base, count),
+            },
+            (Source::Base | Source::Data { .. }, _) => (Kind::Read, count),
+        }
+    }
+
+    /// The parts of `range` that are had in the same way.
+    pub(crate) fn parts(&self, range: PageRange) -> impl Iterator<Item = (Kind, PageRange)> + '_ {
         let mut next = range.first;
         std::iter::from_fn(move || {
             let first = next;
-            let mut kind = None;
+            let mut known = None;
             while next < range.end() {
-                let (zero, count) = self.zero(next, range.end() - next);
-                if *kind.get_or_insert(zero) != zero {
+                let (kind, count) = self.kind(next, range.end() - next);
+                if *known.get_or_insert(kind) != kind {
                     break;
                 }
                 next += count.max(1);
             }
             let count = next - first;
-            kind.map(|zero| (zero, PageRange { first, count }))
+            known.map(|kind| (kind, PageRange { first, count }))
         })
     }
 }

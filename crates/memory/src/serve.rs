@@ -46,7 +46,10 @@ pub fn serve(config: &Config) -> Result<Counts, ServeError> {
         let _stop = StopHouse(&shared);
         let (shared, control) = (&shared, &control);
         scope.spawn(move || house::keep(shared, control, &config.status, &saves));
-        let result = connect_and_serve(config, &layers, shared, socket, &save);
+        // While the monitor starts.
+        let layers = &layers;
+        scope.spawn(move || layers.warm(|| !shared.stop.load(Ordering::Relaxed)));
+        let result = connect_and_serve(config, layers, shared, socket, &save);
         match &result {
             Ok(()) => shared.set_state(State::Ended),
             Err(error) => shared.set_failed(error.reason()),

@@ -26,10 +26,10 @@ use rustix::event::{PollFd, PollFlags};
 use wrenn_snapshot::{PAGE, PageRange, PageReader};
 
 use crate::ServeError;
-use crate::feeder::{Batch, Purpose};
+use crate::feeder::{Batch, Content, Piece, Purpose};
 use crate::handshake::timespec;
 use crate::kernel::{Event, Messages, Placed, Uffd};
-use crate::layers::Layers;
+use crate::layers::{Kind, Layers};
 use crate::monitor::Monitor;
 use crate::regions::Regions;
 use crate::settled::Settled;
@@ -40,8 +40,11 @@ use crate::throttle::Throttle;
 /// for them at most, and larger slices are not faster.
 const SLICE_PAGES: u64 = 64;
 
-/// Zero pages are made so much faster.
-const ZERO_SLICE_PAGES: u64 = 512;
+/// So many zero pages are made in the time of one with data.
+const ZEROS_PER_PAGE: u64 = 8;
+
+/// Calls between two looks at the faults, where pages lie scattered.
+const SLICE_CALLS: u32 = 24;
 
 /// How often a placing that the kernel refused for now is tried at once, before it is waited
 /// a little: the thread it waits for has been woken and needs a processor.
@@ -83,6 +86,16 @@ enum Life {
     Gone,
 }
 
+/// What one call brought.
+enum Step {
+    /// Pages, counted by the time they take.
+    Placed(u64),
+    /// Nothing, and nothing more for now.
+    Stopped,
+    /// The memory is gone.
+    Gone,
+}
+
 pub(crate) struct Server<'a> {
     uffd: &'a Uffd,
     monitor: &'a mut Monitor,
@@ -90,7 +103,7 @@ pub(crate) struct Server<'a> {
     layers: &'a Layers,
     settled: &'a Settled,
     shared: &'a Shared,
-    reader: PageReader<'a>,
+    reader: PageReader<'static>,
     messages: Messages,
     page: Box<[u8; PAGE]>,
     /// Pages that are waited for.
@@ -159,7 +172,7 @@ impl<'a> Server<'a> {
                 self.take_events()?;
             }
             let life = match self.faults.is_empty() {
-                true => self.place_slice()?,
+                true => self.place()?,
                 false => self.answer_faults()?,
             };
             if life == Life::Gone {
@@ -254,7 +267,9 @@ impl<'a> Server<'a> {
     fn throttled(&self, cursor: &Cursor) -> Option<Duration> {
         let free = self.rate == 0
             || cursor.batch.purpose == Purpose::Prefetch
-            || cursor.piece().is_none_or(|piece| piece.at.is_none());
+            || cursor
+                .piece()
+                .is_none_or(|piece| piece.content == Content::Zero);
         match free {
             true => None,
             false => self.throttle.wait(Instant::now()),
@@ -362,17 +377,28 @@ impl<'a> Server<'a> {
 
     /// Puts the page there that the machine must find.
     fn bring(&mut self, page: u64, address: u64) -> Result<Placed, ServeError> {
-        let unplaceable = |source| ServeError::Unplaceable { page, source };
-        if self.settled.has(page) || self.layers.zero(page, 1).0 {
-            return self.uffd.zero(address, PAGE).map_err(unplaceable);
-        }
-        let read = self.reader.read(page, &mut self.page[..]);
-        read.map_err(|source| ServeError::Unreadable {
+        let one = PageRange {
             first: page,
-            last: page,
-            source,
-        })?;
-        self.uffd.copy(address, &self.page[..]).map_err(unplaceable)
+            count: 1,
+        };
+        let kind = match self.settled.has(page) {
+            true => Kind::Zero,
+            false => self.layers.kind(page, 1).0,
+        };
+        let placed = match kind {
+            Kind::Zero => self.uffd.zero(address, PAGE),
+            Kind::Base => self.uffd.copy(address, self.layers.in_base(one)),
+            Kind::Read => {
+                let read = self.reader.read(page, &mut self.page[..]);
+                read.map_err(|source| ServeError::Unreadable {
+                    first: page,
+                    last: page,
+                    source,
+                })?;
+                self.uffd.copy(address, &self.page[..])
+            }
+        };
+        placed.map_err(|source| ServeError::Unplaceable { page, source })
     }
 
     /// Notes that a page has come, because it was asked for.
@@ -399,34 +425,54 @@ impl<'a> Server<'a> {
         std::thread::yield_now();
     }
 
-    /// Places a part of the batch.
-    fn place_slice(&mut self) -> Result<Life, ServeError> {
+    /// Places a part of the batch, small enough that a fault does not notice.
+    fn place(&mut self) -> Result<Life, ServeError> {
+        let mut room = SLICE_PAGES;
+        for _ in 0..SLICE_CALLS {
+            match self.place_slice(room)? {
+                Step::Placed(pages) => room = room.saturating_sub(pages),
+                Step::Stopped => break,
+                Step::Gone => return Ok(Life::Gone),
+            }
+            if room == 0 {
+                break;
+            }
+        }
+        Ok(Life::Lives)
+    }
+
+    /// Makes one call for pages of the batch, at most for as many as take the time of `room`
+    /// pages of data.
+    fn place_slice(&mut self, room: u64) -> Result<Step, ServeError> {
         let Some(mut cursor) = self.cursor.take() else {
-            return Ok(Life::Lives);
+            return Ok(Step::Stopped);
         };
         if self.throttled(&cursor).is_some() {
             self.cursor = Some(cursor);
-            return Ok(Life::Lives);
+            return Ok(Step::Stopped);
         }
-        let Some((run, at)) = cursor.next_run(self.settled) else {
+        let Some((run, content)) = cursor.next_run(self.settled, room) else {
             if let Some(feed) = &self.feed {
                 // The feeder may have ended, then nobody needs it.
                 let _ = feed.empties.send(cursor.batch);
             }
-            return Ok(Life::Lives);
+            return Ok(Step::Stopped);
         };
         let Some((address, count)) = self.regions.address_of(run.first, run.count) else {
             // The regions have every page of the memory.
             cursor.skip_to(run.end());
             self.cursor = Some(cursor);
-            return Ok(Life::Lives);
+            return Ok(Step::Placed(0));
         };
-        let placed = match at {
-            None => self.uffd.zero(address, count as usize * PAGE),
-            Some(at) => {
-                let bytes = &cursor.batch.bytes[at..at + count as usize * PAGE];
-                self.uffd.copy(address, bytes)
+        let bytes = count as usize * PAGE;
+        let placed = match content {
+            Content::Zero => self.uffd.zero(address, bytes),
+            Content::Base => {
+                let first = run.first;
+                self.uffd
+                    .copy(address, self.layers.in_base(PageRange { first, count }))
             }
+            Content::Batch(at) => self.uffd.copy(address, &cursor.batch.bytes[at..at + bytes]),
         };
         let placed = placed.map_err(|source| ServeError::Unplaceable {
             page: run.first,
@@ -441,6 +487,7 @@ impl<'a> Server<'a> {
             self.settled.add(range);
             cursor.skip_to(range.end());
         };
+        let mut step = Step::Placed(0);
         match placed {
             Placed::Bytes(bytes) => {
                 let pages = (bytes / PAGE) as u64;
@@ -450,9 +497,13 @@ impl<'a> Server<'a> {
                     Purpose::Background => &self.shared.background,
                 };
                 add(count, pages);
-                if purpose == Purpose::Background && at.is_some() {
+                if purpose == Purpose::Background && content != Content::Zero {
                     self.throttle.spend(Instant::now(), bytes as u64, self.rate);
                 }
+                step = Step::Placed(match content {
+                    Content::Zero => pages.div_ceil(ZEROS_PER_PAGE),
+                    Content::Base | Content::Batch(_) => pages,
+                });
                 self.busy = 0;
                 cursor.most = cursor.most.saturating_mul(2);
             }
@@ -460,11 +511,14 @@ impl<'a> Server<'a> {
             // A mapping ends inside. A page that has none is left to whoever asks for it.
             Placed::Unmapped if count > 1 => cursor.most = count / 2,
             Placed::Unmapped => cursor.skip_to(run.first + 1),
-            Placed::Busy => self.back_off(),
-            Placed::Gone => return Ok(Life::Gone),
+            Placed::Busy => {
+                self.back_off();
+                step = Step::Stopped;
+            }
+            Placed::Gone => return Ok(Step::Gone),
         }
         self.cursor = Some(cursor);
-        Ok(Life::Lives)
+        Ok(step)
     }
 
     /// The memory is gone: so is the process soon, unless it runs another program now.
@@ -481,13 +535,13 @@ impl<'a> Server<'a> {
 }
 
 impl Cursor {
-    fn piece(&self) -> Option<crate::feeder::Piece> {
+    fn piece(&self) -> Option<Piece> {
         self.batch.pieces.get(self.piece).copied()
     }
 
     /// The next pages to place and where their content is: a slice at most, none that is
     /// settled. `None` at the end of the batch.
-    fn next_run(&mut self, settled: &Settled) -> Option<(PageRange, Option<usize>)> {
+    fn next_run(&mut self, settled: &Settled, room: u64) -> Option<(PageRange, Content)> {
         while let Some(piece) = self.piece() {
             let rest = PageRange {
                 first: piece.pages.first + self.done,
@@ -498,13 +552,14 @@ impl Cursor {
                 self.done = 0;
                 continue;
             };
-            let slice = match piece.at {
-                Some(_) => SLICE_PAGES,
-                None => ZERO_SLICE_PAGES,
+            let skipped = (run.first - piece.pages.first) as usize * PAGE;
+            let (slice, content) = match piece.content {
+                Content::Zero => (room * ZEROS_PER_PAGE, Content::Zero),
+                Content::Base => (room, Content::Base),
+                Content::Batch(at) => (room, Content::Batch(at + skipped)),
             };
             run.count = run.count.min(slice).min(self.most.max(1));
-            let skipped = (run.first - piece.pages.first) as usize * PAGE;
-            return Some((run, piece.at.map(|at| at + skipped)));
+            return Some((run, content));
         }
         None
     }

@@ -307,6 +307,7 @@ fn requests_that_are_none_are_refused() {
     let rig = Rig::mixed(1);
     let server = rig.serve(Policy::default());
     let guest = Guest::start(&server.config.socket, rig.pages(), 1);
+    server.wait_for(State::Idle);
     let ask = |bytes: &[u8]| {
         let socket = rustix::net::socket(
             rustix::net::AddressFamily::UNIX,

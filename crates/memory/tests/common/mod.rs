@@ -288,11 +288,14 @@ impl Server {
     pub fn start(config: Config) -> Server {
         let (tell, done) = channel();
         let given = config.clone();
-        let thread = std::thread::spawn(move || {
-            let result = wrenn_memory::serve(&given);
-            let _ = tell.send(());
-            result
-        });
+        let named = std::thread::Builder::new().name("page-server".into());
+        let thread = named
+            .spawn(move || {
+                let result = wrenn_memory::serve(&given);
+                let _ = tell.send(());
+                result
+            })
+            .unwrap();
         let server = Server {
             config,
             thread: Some(thread),
