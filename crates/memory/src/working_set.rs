@@ -65,7 +65,7 @@ impl WorkingSet {
         let seen = Settled::none_of(pages);
         let mut runs: Vec<PageRange> = Vec::new();
         for first in order {
-            if seen.has(first) {
+            if first >= pages || seen.has(first) {
                 continue;
             }
             let one = PageRange { first, count: 1 };

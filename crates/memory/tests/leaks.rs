@@ -73,9 +73,10 @@ fn g21_everything_is_freed_when_the_vm_is_gone() {
     let [_, _, maps_before, resident_before] = before;
     let [_, _, maps, resident] = after;
     assert!(maps <= maps_before + 4, "{before:?} {after:?}");
-    // A server that kept one batch would keep 256 pages of each cycle.
+    // A server that kept one batch would keep 256 pages of each cycle. What the allocator
+    // keeps for each of its arenas grows ever more slowly, some 35 a cycle at first.
     assert!(
-        resident < resident_before + 50 * cycles,
+        resident < resident_before + 100 * cycles,
         "{before:?} {after:?}"
     );
     let left: Vec<_> = std::fs::read_dir(rig.folder.path())

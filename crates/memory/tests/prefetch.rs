@@ -161,7 +161,7 @@ fn g22_a_recording_ends_with_its_time_or_its_pages() {
 
 fn g22_cancel_stops_within_a_slice() {
     let rig = Rig::mixed(32);
-    for rate in [None, Some(200 << 20), Some(1)] {
+    for rate in [None, Some(10 << 20), Some(1)] {
         let server = rig.serve(Policy {
             background: true,
             background_bytes_per_second: rate,
