@@ -391,7 +391,7 @@ impl FirecrackerVmm {
             uid: ground.spec.uid,
             gid: ground.spec.gid,
             console: Console::Stdout,
-            jail: Some(self.jail(&dir, pages, network.is_some())),
+            jail: self.jail(&dir, pages, network.is_some()),
             network,
             fds,
             companions: std::mem::take(&mut ground.spec.companions),

@@ -1,8 +1,8 @@
-//! The root, devices and namespaces of a monitor that opens paths.
+//! The root, devices and namespaces of a monitor.
 //!
 //! ```text
 //! /              the machine's `jail` folder: nothing may be run from it, and it has no devices
-//! /firecracker   the program, and what else is bound: read-only
+//! /…             the program, and what else is bound: read-only
 //! /dev           a file system in memory with the devices asked for, owned by the machine's user
 //! /fd/N          the monitor's own descriptors (its `/proc/self/fd`; there is no other `/proc`)
 //! ```

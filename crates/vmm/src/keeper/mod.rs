@@ -3,7 +3,7 @@
 //! ```text
 //! agent ── spawn, stdin = channel ──▶ keeper
 //!       ── orders + descriptors ────▶   │ own session, drops to the machine's uid
-//!                                       ├── spawn ──▶ monitor (dies with the keeper)
+//!                                       ├── spawn ──▶ monitor, in its jail (dies with the keeper)
 //!       ◀── started: pids ───────────   │
 //!  writes machine.json                  │
 //!       ── commit ──────────────────▶   │ closes the channel; from here on its own
@@ -13,9 +13,9 @@
 //! ```
 //!
 //! If the agent dies before the commit, the keeper ends the monitor: no machine is left
-//! that no `machine.json` names. QEMU gets all files as descriptors, so that the machine's user
-//! needs no right in the machine's folder. Firecracker opens paths: it is locked in a jail
-//! (`jail.rs`) that has what it needs and nothing else.
+//! that no `machine.json` names. Each monitor is locked in a jail (`jail.rs`) that shows it what
+//! it needs of the host and nothing else. QEMU gets all else as descriptors, so that the machine's
+//! user needs no right in the machine's folder; Firecracker opens paths in its jail.
 
 mod console;
 mod jail;

@@ -46,8 +46,8 @@ pub(crate) struct Orders {
     pub(crate) companion_fds: usize,
     /// Where the monitor writes what the guest prints.
     pub(crate) console: Console,
-    /// Where the monitor is locked in; `None` for one that gets all as descriptors.
-    pub(crate) jail: Option<Jail>,
+    /// Where the monitor is locked in.
+    pub(crate) jail: Jail,
 }
 
 /// Where a monitor writes what its guest prints.
@@ -59,8 +59,7 @@ pub(crate) enum Console {
     Stdout,
 }
 
-/// What a monitor that opens paths sees of the host: a root of its own with what is named
-/// here, `/dev`, and its descriptors as `/fd/N`.
+/// What a monitor sees of the host: a root of its own with what is named here, `/dev`, and its descriptors as `/fd/N`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Jail {
@@ -205,12 +204,12 @@ mod tests {
             monitor_fds: 1,
             companion_fds: 0,
             console: Console::Stdout,
-            jail: Some(Jail {
+            jail: Jail {
                 root: "/m".into(),
                 binds: Vec::new(),
                 devices: vec!["/dev/kvm".into()],
                 network: true,
-            }),
+            },
         };
         let file = std::fs::File::open("/proc/self/stat").unwrap();
         ours.send(&orders, &[file.as_fd(), file.as_fd()]).unwrap();

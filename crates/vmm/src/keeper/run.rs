@@ -20,7 +20,7 @@ use rustix::thread::{
 
 use super::console::{BoundedLog, Tail};
 use super::jail;
-use super::orders::{Channel, Commit, Console, FIRST_FD, Jail, Orders, Report, SERIAL_FD};
+use super::orders::{Channel, Commit, Console, FIRST_FD, Orders, Report, SERIAL_FD};
 use crate::kernel;
 use crate::machine::{ExitCause, ExitReason};
 use crate::process::identify;
@@ -116,7 +116,7 @@ fn start(channel: &Channel) -> io::Result<Option<(Monitor, Fds)>> {
     let (Some(console), Some(exit)) = (fds.next(), fds.next()) else {
         return Err(io::Error::other("descriptors are missing"));
     };
-    let networked = orders.jail.as_ref().is_some_and(|jail| jail.network);
+    let networked = orders.jail.network;
     let network = if networked { fds.next() } else { None };
     let monitor_fds: Vec<OwnedFd> = fds.by_ref().take(orders.monitor_fds).collect();
     let companions: Vec<OwnedFd> = fds.collect();
@@ -129,15 +129,9 @@ fn start(channel: &Channel) -> io::Result<Option<(Monitor, Fds)>> {
     // Away from the agent's terminal and from any folder that may be unmounted.
     rustix::process::setsid()?;
     rustix::process::chdir("/")?;
-    let monitor = if orders.jail.is_some() {
-        // Only root can lock something in, so the monitor confines itself before this does.
-        let monitor = alone(|| spawn(&orders, monitor_fds, network))?;
-        confine_as(&orders)?;
-        monitor
-    } else {
-        confine_as(&orders)?;
-        spawn(&orders, monitor_fds, None)?
-    };
+    // Only root can lock something in, so the monitor confines itself before this does.
+    let monitor = alone(|| spawn(&orders, monitor_fds, network))?;
+    confine_as(&orders)?;
     Ok(Some((
         monitor,
         Fds {
@@ -235,9 +229,7 @@ fn spawn(orders: &Orders, fds: Vec<OwnedFd>, network: Option<OwnedFd>) -> io::Re
             command.stdout(Stdio::from(serial_in));
         }
     }
-    if let Some(jail) = orders.jail.clone() {
-        lock_in(&mut command, jail, network, orders);
-    }
+    lock_in(&mut command, network, orders);
     mappings.extend(
         (FIRST_FD..)
             .zip(fds)
@@ -275,8 +267,8 @@ fn spawn(orders: &Orders, fds: Vec<OwnedFd>, network: Option<OwnedFd>) -> io::Re
 }
 
 /// Has the child of `command` build its jail and give up its rights before anything else.
-fn lock_in(command: &mut Command, jail: Jail, network: Option<OwnedFd>, orders: &Orders) {
-    let (uid, gid) = (orders.uid, orders.gid);
+fn lock_in(command: &mut Command, network: Option<OwnedFd>, orders: &Orders) {
+    let (jail, uid, gid) = (orders.jail.clone(), orders.uid, orders.gid);
     let hook = move || {
         jail::enter(&jail, uid, gid, network.as_ref().map(AsFd::as_fd))
             .and_then(|()| confine(uid, gid))

@@ -20,14 +20,14 @@ use crate::record::{CONSOLE, EXIT, Monitor, Record};
 pub(crate) struct Start {
     /// Which one it is.
     pub(crate) monitor: Monitor,
-    /// The program; in its jail, if it has one.
+    /// The program, in its jail.
     pub(crate) program: PathBuf,
     pub(crate) args: Vec<OsString>,
     /// User and group of keeper and monitor.
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) console: Console,
-    pub(crate) jail: Option<Jail>,
+    pub(crate) jail: Jail,
     /// The jail's network namespace, if it has one.
     pub(crate) network: Option<OwnedFd>,
     /// The monitor's descriptors, from [`super::FIRST_FD`] on.

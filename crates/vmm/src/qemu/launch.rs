@@ -11,6 +11,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::QemuVmm;
 use super::args::{Descriptors, Format, Image, Plan, Start};
+use super::jail;
 use super::machine::QemuMachine;
 use crate::keeper::{self, Console};
 use crate::machine::{DiskChain, MachineSpec};
@@ -76,6 +77,8 @@ impl QemuVmm {
         } = spec;
         let began = Instant::now();
         let listener = listen(&dir)?;
+        let jail = jail::make(&dir, &self.info.path, self.info.accelerator)
+            .map_err(|source| own_file("cannot make the jail in", &dir, source))?;
         let mut fds = Descriptors::default();
         let images = open_disk(&disk, &mut fds)?;
         let identity = sealed_memfd("wrenn-identity", &identity[..])
@@ -104,7 +107,7 @@ impl QemuVmm {
             uid,
             gid,
             console: Console::Descriptor,
-            jail: None,
+            jail,
             network: None,
             fds: fds.into_fds(),
             companions,

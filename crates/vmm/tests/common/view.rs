@@ -8,7 +8,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use tempfile::TempDir;
 use wrenn_types::Shape;
 
 const PAGE: usize = 4096;
@@ -28,16 +27,20 @@ impl View {
     }
 
     fn ask(dir: &Path, shape: Shape) -> View {
-        let (_folder, path) = open_folder();
         let mut qmp = Qmp::connect(dir);
         let mut all = Vec::new();
         for (from, size) in [(0u64, shape.memory.bytes()), (0xFFFF_0000, 0x1_0000)] {
-            let file = path.join(format!("{from:x}"));
+            // The jail's root is a folder of the machine's: what is made in it is in the jail
+            // too. QEMU may make nothing there itself.
+            let file = dir.join("jail/dump");
+            fs::write(&file, b"").unwrap();
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).unwrap();
             qmp.ask(&serde_json::json!({
                 "execute": "pmemsave",
-                "arguments": { "val": from, "size": size, "filename": file },
+                "arguments": { "val": from, "size": size, "filename": "/dump" },
             }));
             let bytes = fs::read(&file).unwrap();
+            fs::remove_file(&file).unwrap();
             assert_eq!(bytes.len() as u64, size);
             all.extend(bytes);
         }
@@ -61,14 +64,6 @@ impl View {
     pub fn firmware(&self) -> &[u8] {
         &self.0[0xF0000..0x10_0000]
     }
-}
-
-/// A folder that QEMU's user may write to.
-fn open_folder() -> (TempDir, std::path::PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let path = folder.path().to_owned();
-    (folder, path)
 }
 
 /// The simplest client of QEMU's control socket.
