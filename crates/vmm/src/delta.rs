@@ -22,7 +22,8 @@ use tokio::sync::watch;
 use crate::delta_file::SavedPages;
 use crate::guest_memory::GuestMemory;
 use crate::machine::RunState;
-use crate::memory::{PAGE, is_zero};
+use crate::memory::PAGE;
+use crate::runs::is_zero;
 use crate::{MemoryError, SealedMemory};
 
 /// Size of the firmware segment, guest addresses 0xF0000 to 0xFFFFF: the one RAM of a

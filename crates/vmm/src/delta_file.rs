@@ -114,7 +114,7 @@ pub(crate) fn compose(
             })?,
         }
     }
-    Ok((memory.seal()?, delta))
+    Ok((memory.seal_unused()?, delta))
 }
 
 fn for_chunks(

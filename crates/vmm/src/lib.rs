@@ -44,6 +44,7 @@ mod qcow2;
 mod qemu;
 mod qmp;
 mod record;
+mod runs;
 mod supervised;
 
 pub use delta::{

@@ -18,10 +18,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
-use sha2::{Digest as _, Sha256};
-
+use crate::runs::{Runs, for_runs};
 use crate::{Digest, PageRange};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 
 /// Granularity at which zeros are told from data: a page.
 pub(crate) const PAGE: usize = 4096;
@@ -170,7 +169,7 @@ impl MemoryFile {
     #[cfg(test)]
     pub(crate) fn write_for_tests(&self, content: &[u8]) {
         let pages = content.chunks(PAGE).enumerate();
-        for (index, page) in pages.filter(|(_, page)| !is_zero(page)) {
+        for (index, page) in pages.filter(|(_, page)| !crate::runs::is_zero(page)) {
             self.file.write_all_at(page, (index * PAGE) as u64).unwrap();
         }
     }
@@ -197,6 +196,27 @@ impl MemoryFile {
                 Err(source) => return Err(failed(source.into())),
             }
         }
+        Ok(SealedMemory {
+            file: self.file.try_clone().map_err(failed)?,
+            bytes: self.bytes,
+        })
+    }
+}
+
+impl MemoryFile {
+    /// Makes memory immutable that no machine was ever given. Without the wait of
+    /// [`MemoryFile::seal`]: that one has the kernel look for users of each page, and pages
+    /// which were just written look used for a tenth of a second. As nobody has this memory
+    /// mapped, no later writer is as good as none.
+    pub(crate) fn seal_unused(&self) -> Result<SealedMemory, MemoryError> {
+        let failed = |source: io::Error| MemoryError::Memfd {
+            doing: "seal",
+            bytes: self.bytes,
+            source,
+        };
+        let seals = SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW;
+        rustix::fs::fcntl_add_seals(&self.file, seals | SealFlags::SEAL)
+            .map_err(|error| failed(error.into()))?;
         Ok(SealedMemory {
             file: self.file.try_clone().map_err(failed)?,
             bytes: self.bytes,
@@ -397,89 +417,6 @@ fn copy(
     Ok(runs.finish())
 }
 
-/// Calls `found` with each run of pages in `chunk` that are all zero, or that are not.
-fn for_runs(
-    chunk: &[u8],
-    zero: bool,
-    mut found: impl FnMut(usize, &[u8]) -> Result<(), MemoryError>,
-) -> Result<(), MemoryError> {
-    let mut start = None;
-    for (index, page) in chunk.chunks(PAGE).enumerate() {
-        let at = index * PAGE;
-        match (is_zero(page) == zero, start) {
-            (true, None) => start = Some(at),
-            (false, Some(from)) => {
-                found(from, &chunk[from..at])?;
-                start = None;
-            }
-            _ => {}
-        }
-    }
-    match start {
-        Some(from) => found(from, &chunk[from..]),
-        None => Ok(()),
-    }
-}
-
-/// Whether all bytes are zero, in blocks that the compiler turns into vector instructions.
-pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    bytes
-        .chunks(256)
-        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
-/// The digest under way: joins what is adjacent, so that the chunks read do not show in it.
-/// A run's length is only known at its end, so each run is hashed on its own and the outer
-/// digest takes offset, length and that hash.
-struct Runs {
-    outer: Sha256,
-    inner: Sha256,
-    start: u64,
-    end: u64,
-    data_bytes: u64,
-}
-
-impl Runs {
-    fn new(bytes: u64) -> Runs {
-        let mut outer = Sha256::new();
-        outer.update(bytes.to_le_bytes());
-        Runs {
-            outer,
-            inner: Sha256::new(),
-            start: 0,
-            end: 0,
-            data_bytes: 0,
-        }
-    }
-
-    fn add(&mut self, offset: u64, data: &[u8]) {
-        if offset != self.end {
-            self.close();
-            self.start = offset;
-        }
-        self.inner.update(data);
-        self.end = offset + data.len() as u64;
-        self.data_bytes += data.len() as u64;
-    }
-
-    fn close(&mut self) {
-        if self.end > self.start {
-            self.outer.update(self.start.to_le_bytes());
-            self.outer.update((self.end - self.start).to_le_bytes());
-            self.outer.update(self.inner.finalize_reset());
-        }
-        self.start = self.end;
-    }
-
-    fn finish(mut self) -> SavedMemory {
-        self.close();
-        SavedMemory {
-            digest: Digest(self.outer.finalize().into()),
-            data_bytes: self.data_bytes,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -499,28 +436,41 @@ mod tests {
 
     #[test]
     fn g43_sealed_memory_cannot_be_written_through_any_descriptor() {
-        let memory = filled(4, &BTreeMap::from([(1, 7)]));
-        let sealed = memory.seal().unwrap();
-        let before = sealed.digest().unwrap();
-        assert!(memory.file.write_all_at(b"x", 0).is_err());
-        let again = format!(
-            "/proc/self/fd/{}",
-            std::os::fd::AsRawFd::as_raw_fd(&sealed.file)
-        );
-        let reopened = OpenOptions::new().write(true).open(again).unwrap();
-        assert!(reopened.write_all_at(b"x", 0).is_err());
-        assert!(reopened.set_len(0).is_err());
-        assert!(
-            rustix::fs::fallocate(
-                &reopened,
-                rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE,
-                0,
-                4096
-            )
-            .is_err()
-        );
-        assert_eq!(sealed.digest().unwrap(), before);
-        assert_eq!(before.data_bytes, 4096);
+        for seal in [MemoryFile::seal, MemoryFile::seal_unused] {
+            let memory = filled(4, &BTreeMap::from([(1, 7)]));
+            let sealed = seal(&memory).unwrap();
+            let before = sealed.digest().unwrap();
+            assert!(memory.file.write_all_at(b"x", 0).is_err());
+            let again = format!(
+                "/proc/self/fd/{}",
+                std::os::fd::AsRawFd::as_raw_fd(&sealed.file)
+            );
+            let reopened = OpenOptions::new().write(true).open(again).unwrap();
+            assert!(reopened.write_all_at(b"x", 0).is_err());
+            assert!(reopened.set_len(0).is_err());
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            assert!(rustix::fs::fallocate(&reopened, punch, 0, 4096).is_err());
+            assert_eq!(sealed.digest().unwrap(), before);
+            assert_eq!(before.data_bytes, 4096);
+        }
+    }
+
+    #[test]
+    fn zeros_are_given_back_and_nothing_else() {
+        let content = [2, 3, 9, 100, 127].map(|page| (page, 1));
+        let memory = filled(128, &BTreeMap::from(content));
+        let before = memory.seal_unused().unwrap().digest().unwrap();
+        let memory = MemoryFile::create(128 * PAGE as u64).unwrap();
+        // All of it is there now, as Firecracker writes it.
+        for page in 0..128 {
+            let byte = u8::from(content.contains(&(page, 1)));
+            memory.write_at(page, &[byte; PAGE]).unwrap();
+        }
+        memory.drop_zeros().unwrap();
+        let parts = data_in(&memory.file, 0, 128).unwrap();
+        let parts: Vec<_> = parts.iter().map(|part| (part.first, part.count)).collect();
+        assert_eq!(parts, [(2, 2), (9, 1), (100, 1), (127, 1)]);
+        assert_eq!(memory.seal().unwrap().digest().unwrap(), before);
     }
 
     #[test]

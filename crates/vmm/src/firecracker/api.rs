@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Body;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use rustix::fs::{Mode, OFlags};
@@ -158,23 +159,25 @@ impl Api {
         let answering = async {
             let answer = sender.send_request(request).await.map_err(understand)?;
             let status = answer.status();
+            let too_long = || ApiError::Malformed(format!("it has more than {MAX_ANSWER} bytes"));
+            if answer.body().size_hint().lower() > MAX_ANSWER as u64 {
+                return Err(too_long());
+            }
             let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
             let body = body.map_err(|error| match error.downcast::<LengthLimitError>() {
-                Ok(_) => ApiError::Malformed(format!("it has more than {MAX_ANSWER} bytes")),
+                Ok(_) => too_long(),
                 Err(error) => ApiError::Closed(error.to_string()),
             })?;
             judge(status, body.to_bytes())
         };
-        tokio::pin!(connection);
+        tokio::pin!(connection, answering);
         tokio::select! {
-            // What was answered before the connection ended counts.
-            biased;
-            answer = answering => answer,
-            ended = &mut connection => Err(match ended {
-                Ok(()) => ApiError::Closed("it ended the connection".into()),
-                Err(error) => understand(error),
-            }),
+            answer = &mut answering => return answer,
+            // Also where the answer has just come with the connection's end; and where it has
+            // not, `answering` is told why.
+            _ = &mut connection => {}
         }
+        answering.await
     }
 }
 
@@ -255,7 +258,7 @@ mod tests {
     #[tokio::test]
     async fn refusals_carry_firecrackers_words() {
         let answer =
-            b"HTTP/1.1 400 \r\nContent-Length: 36\r\n\r\n{\"fault_message\":\"No such drive: x\"} ";
+            b"HTTP/1.1 400 \r\nContent-Length: 36\r\n\r\n{\"fault_message\":\"No such drive: x\"}";
         let error = get(answer).await.unwrap_err();
         let ApiError::Refused { status, message } = &error else {
             panic!("{error:?}")

@@ -1,9 +1,8 @@
 //! From a specification to a running Firecracker that is recorded and answers.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileExt, chown};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use serde_json::Value;
 use super::FirecrackerVmm;
 use super::api::{Api, ApiError};
 use super::drives::DiskInJail;
+use super::files::{blocking, fill_top, make_jail, open_kernel, own_file, path_of, unreadable};
 use super::machine::{FirecrackerMachine, Origin};
 use super::model::{
     Action, Balloon, BootSource, Drive, Entropy, InstanceInfo, InstanceState, LoadSnapshot,
@@ -20,7 +20,7 @@ use super::model::{
 use crate::delta_file::{DeltaFile, compose};
 use crate::keeper::{self, Bind, Console, FIRST_FD, Jail};
 use crate::kernel::{TapOrigin, give_tap, tap_origin};
-use crate::machine::{BootFiles, DiskChain, IDENTITY_BYTES, MachineSpec};
+use crate::machine::{IDENTITY_BYTES, MachineSpec};
 use crate::memfd::{copy_of, new_memfd};
 use crate::record::Monitor;
 use crate::supervised::{DEATH_PATIENCE, Supervised};
@@ -530,115 +530,4 @@ async fn tell_identity(
     machine
         .put("taking the machine's identity", "/mmds", &document)
         .await
-}
-
-/// Kernel and initial file system, in memory that nobody can change.
-fn open_kernel(boot: &BootFiles) -> Result<(OwnedFd, OwnedFd), VmmError> {
-    let open = |path: &Path| {
-        File::open(path).map_err(|source| VmmError::File {
-            what: "cannot read",
-            path: path.to_owned(),
-            source,
-        })
-    };
-    let kernel = open(&boot.kernel)?;
-    let mut magic = [0; 4];
-    let found = kernel.read_exact_at(&mut magic, 0);
-    if found.is_err() || magic != *b"\x7fELF" {
-        return Err(VmmError::Unsupported {
-            monitor: "Firecracker",
-            what: "boot a kernel that is no ELF file",
-            why: format!(
-                "{} is none (a bzImage has one inside, `vmlinux`: give that)",
-                boot.kernel.display()
-            ),
-        });
-    }
-    let copied = |path: &Path, file: &File| {
-        copy_of("wrenn-boot", file).map_err(|source| VmmError::File {
-            what: "cannot read",
-            path: path.to_owned(),
-            source,
-        })
-    };
-    let initramfs = open(&boot.initramfs)?;
-    Ok((
-        copied(&boot.kernel, &kernel)?,
-        copied(&boot.initramfs, &initramfs)?,
-    ))
-}
-
-/// An empty jail in the machine's folder.
-fn make_jail(dir: &Path, uid: u32, gid: u32) -> Result<PathBuf, VmmError> {
-    let jail = dir.join(JAIL);
-    let make = || -> io::Result<()> {
-        match fs::remove_dir_all(&jail) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let run = jail.join(RUN);
-        // The machine's folder keeps all others out.
-        DirBuilder::new().mode(0o755).create(&jail)?;
-        fs::set_permissions(&jail, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-        DirBuilder::new().mode(0o700).create(&run)?;
-        chown(&run, Some(uid), Some(gid))
-    };
-    make().map_err(|source| VmmError::File {
-        what: "cannot make the jail",
-        path: jail.clone(),
-        source,
-    })?;
-    Ok(jail)
-}
-
-/// Gives an empty top layer its content: that of the layer below.
-fn fill_top(
-    chain: &DiskChain,
-    fill: impl FnOnce(&Path, &Path) -> Result<(), VmmError>,
-) -> Result<(), VmmError> {
-    let top = fs::metadata(&chain.top).map_err(|source| VmmError::File {
-        what: "cannot open the disk",
-        path: chain.top.clone(),
-        source,
-    })?;
-    if top.len() > 0 {
-        return Ok(());
-    }
-    fill(chain.layers.last().unwrap_or(&chain.base), &chain.top)
-}
-
-/// Runs work that waits for files.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, VmmError> + Send + 'static,
-) -> Result<T, VmmError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| {
-            Err(VmmError::Spec(format!(
-                "its files were not prepared: {error}"
-            )))
-        })
-}
-
-pub(super) fn own_file(what: &'static str, dir: &Path, source: io::Error) -> VmmError {
-    VmmError::File {
-        what,
-        path: dir.to_owned(),
-        source,
-    }
-}
-
-fn unreadable(state: &File, source: io::Error) -> VmmError {
-    VmmError::State {
-        doing: "loaded",
-        why: format!("{} cannot be read: {source}", path_of(state)),
-    }
-}
-
-/// What a file is called, for people.
-fn path_of(file: &File) -> String {
-    match fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())) {
-        Ok(path) => path.display().to_string(),
-        Err(_) => "its state".into(),
-    }
 }

@@ -15,9 +15,10 @@ use tokio::sync::watch;
 use super::Cloning;
 use super::api::{Api, ApiError};
 use super::drives::DiskInJail;
+use super::files::blocking;
 use super::launch::{
     API_SOCKET, DISK, DRIVE_ID, JAIL, MEMORY_FD, RUN, SAVED_FD, SNAPSHOT_PATIENCE, STATE_FD, VSOCK,
-    blocking, in_jail,
+    in_jail,
 };
 use super::model::{
     BalloonPatch, CreateSnapshot, DrivePatch, InstanceInfo, InstanceState, VmState,

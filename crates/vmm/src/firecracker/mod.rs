@@ -25,6 +25,7 @@
 mod api;
 mod config;
 mod drives;
+mod files;
 mod launch;
 mod machine;
 mod model;
