@@ -193,11 +193,11 @@ fn g21_removed_pages_come_back_as_zeros_while_everything_is_copied() {
     let rig = Rig::mixed(16);
     let expected = rig.expected_file();
     let (mut raced, mut removed) = (0, 0);
-    for seed in 0..24 {
+    for seed in 0..24usize {
         let server = rig.serve(Policy {
             background: true,
             // Slow enough that the whole storm meets it, on some of the runs.
-            background_bytes_per_second: (seed % 2 == 0).then_some(100 << 20),
+            background_bytes_per_second: seed.is_multiple_of(2).then_some(100 << 20),
             ..Policy::default()
         });
         let mut guest = Guest::start(&server.config.socket, rig.pages(), 1 + seed % 2);
@@ -222,7 +222,7 @@ fn g21_a_guest_killed_in_the_middle_ends_the_server() {
     for round in 0..12u64 {
         let server = rig.serve(Policy {
             background: true,
-            background_bytes_per_second: (round % 2 == 0).then_some(40 << 20),
+            background_bytes_per_second: round.is_multiple_of(2).then_some(40 << 20),
             ..Policy::default()
         });
         let mut guest = Guest::start(&server.config.socket, rig.pages(), 1);

@@ -28,12 +28,12 @@ fn g21_everything_is_freed_when_the_vm_is_gone() {
     let cycle = |number: usize| {
         let mut config = rig.config(Policy {
             working_set: Some(rig.path("working-set")),
-            record: (number % 5 == 0).then_some(Record {
+            record: number.is_multiple_of(5).then_some(Record {
                 millis: 20,
                 pages: 100,
             }),
-            background: number % 3 > 0,
-            background_bytes_per_second: (number % 2 == 0).then_some(100 << 20),
+            background: !number.is_multiple_of(3),
+            background_bytes_per_second: number.is_multiple_of(2).then_some(100 << 20),
         });
         config.handshake_millis = 100;
         let server = Server::start(config);

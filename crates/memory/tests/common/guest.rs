@@ -338,7 +338,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
                 // Of each 16 pages, a chunk of a generation, either the first or the others.
                 let first = words[3] == "first";
                 let mut pages: Vec<usize> = (0..memory.pages())
-                    .filter(|page| (page % 16 == 0) == first)
+                    .filter(|page| (page.is_multiple_of(16)) == first)
                     .collect();
                 Random(number(1) as u64).shuffle(&mut pages);
                 let began = Instant::now();
