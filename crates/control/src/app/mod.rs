@@ -4,8 +4,10 @@ mod create;
 mod exec;
 mod failure;
 mod files;
+mod fork;
 mod info;
 mod keys;
+mod moves;
 mod sandboxes;
 mod snapshots;
 
@@ -24,8 +26,8 @@ pub(crate) use failure::{Code, Failure, chain};
 pub(crate) use files::Upload;
 pub(crate) use info::{DEFAULT_TEMPLATE, template_name};
 pub(crate) use keys::NewApiKey;
+pub(crate) use moves::{Certificate, Moved};
 pub(crate) use sandboxes::{Destroyed, Sandbox};
-pub(crate) use snapshots::{Certificate, Moved};
 
 use crate::ControlConfig;
 use crate::host::{HostClient, HostInfo};
