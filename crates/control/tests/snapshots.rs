@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::{Bed, bed};
+use support::{Bed, Fault, bed};
 
 async fn post(bed: &Bed, path: &str, body: Value) -> (u16, Value) {
     bed.call("POST", path, Some(body)).await
@@ -360,4 +360,54 @@ async fn e2bs_clients_get_their_own_codes() {
         .0,
         404
     );
+}
+
+/// The host may know better than the row in what state a sandbox is.
+#[tokio::test]
+async fn g5_a_refusal_by_the_host_has_the_state_too() {
+    let bed = bed().await;
+    let (running, paused) = (bed.create().await, bed.create().await);
+    let path = |id: &str, verb: &str| format!("/v1/sandboxes/{id}/{verb}");
+    let point = json!({"name": "point"});
+    for id in [&running, &paused] {
+        let taken = post(&bed, &path(id, "checkpoints"), point.clone()).await;
+        assert_eq!(taken.0, 201);
+    }
+    post(&bed, &path(&paused, "pause"), json!({})).await;
+    let snapshot = |id: &str| json!({"sandbox_id": id, "name": "mine"});
+    let back = json!({"checkpoint": "point"});
+    let snapshots = || "/v1/snapshots".to_owned();
+    let none = json!({});
+    for (request, path, body, state) in [
+        ("pause", path(&running, "pause"), none.clone(), "running"),
+        ("fork", path(&running, "fork"), none.clone(), "running"),
+        (
+            "rollback",
+            path(&running, "rollback"),
+            back.clone(),
+            "running",
+        ),
+        ("snapshot", snapshots(), snapshot(&running), "running"),
+        ("lifetime", path(&running, "ping"), none.clone(), "running"),
+        (
+            "exec",
+            path(&running, "exec"),
+            json!({"cmd": "echo"}),
+            "running",
+        ),
+        ("resume", path(&paused, "resume"), none.clone(), "paused"),
+        ("fork", path(&paused, "fork"), none.clone(), "paused"),
+        ("rollback", path(&paused, "rollback"), back, "paused"),
+        ("snapshot", snapshots(), snapshot(&paused), "paused"),
+    ] {
+        bed.sim.fault(request, Some(Fault::Unwilling));
+        let refused = bed.refused("POST", &path, Some(body), 409).await;
+        bed.sim.fault(request, None);
+        assert_eq!(refused["code"], "invalid_state", "{request}: {refused}");
+        assert_eq!(refused["state"], state, "{request}: {refused}");
+    }
+    bed.sim.fault("destroy", Some(Fault::Unwilling));
+    let path = format!("/v1/sandboxes/{running}");
+    let refused = bed.refused("DELETE", &path, None, 409).await;
+    assert_eq!(refused["state"], "stopping", "{refused}");
 }

@@ -244,7 +244,7 @@ impl App {
                 | ErrorCode::FailedPrecondition
                 | ErrorCode::Unimplemented
         );
-        let failure = Failure::from(error);
+        let failure = Failure::from(error).in_state(SandboxState::Error);
         if !refused && let Err(e) = self.end_on_host(row.id).await {
             tracing::warn!(sandbox = %row.id, error = %e, "what was left of it could not be ended yet");
         }

@@ -95,7 +95,7 @@ impl App {
         match self.step(moving, before.state, change).await {
             Ok(row) if row.state == SandboxState::Running => self.refused(row, error).await,
             // What the host says of a paused one is about its snapshot.
-            Ok(_) => Failure::from(error),
+            Ok(row) => Failure::from(error).in_state(row.state),
             Err(failure) => failure,
         }
     }
@@ -260,7 +260,7 @@ impl App {
     pub(super) async fn release_after(&self, held: Held, error: ConnectError) -> Failure {
         match &held.moving {
             Some(moving) => self.step_back(moving, &held.before, error).await,
-            None => self.refused(held.before, error).await,
+            None => Failure::from(error).in_state(held.before.state),
         }
     }
 

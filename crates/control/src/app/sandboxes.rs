@@ -170,12 +170,20 @@ impl App {
 
     /// What an error of the host about a running sandbox means: it may have ended a moment ago.
     pub(crate) async fn refused(&self, row: SandboxRow, error: ConnectError) -> Failure {
-        if error.code != ErrorCode::NotFound && error.code != ErrorCode::FailedPrecondition {
+        let about_it = matches!(
+            error.code,
+            ErrorCode::NotFound | ErrorCode::FailedPrecondition | ErrorCode::Aborted
+        );
+        if !about_it {
             return Failure::from(error);
         }
         match self.look(row).await {
-            Ok(now) if now.row.state == SandboxState::Running => Failure::from(error),
-            Ok(now) => wrong_state(&now.row, "running"),
+            Ok(now) => match now.row.state {
+                state @ (SandboxState::Running | SandboxState::Snapshotting) => {
+                    Failure::from(error).in_state(state)
+                }
+                _ => wrong_state(&now.row, "running"),
+            },
             Err(e) => e,
         }
     }
@@ -256,7 +264,8 @@ impl App {
 
     /// Ends a sandbox that is `stopping`.
     pub(crate) async fn take_down(&self, row: &SandboxRow) -> Result<(), Failure> {
-        self.end_on_host(row.id).await?;
+        let ended = self.end_on_host(row.id).await;
+        ended.map_err(|failure| failure.in_state(row.state))?;
         self.proxy.forget(row.id);
         let change = Change {
             reason: row.reason.clone(),
@@ -361,7 +370,7 @@ impl App {
             Err(e) if e.code == ErrorCode::NotFound && row.state.is_final() => Err(
                 Failure::not_found(format!("{id} has ended and its log is gone")),
             ),
-            Err(e) => Err(e.into()),
+            Err(e) => Err(Failure::from(e).in_state(row.state)),
         }
     }
 }
