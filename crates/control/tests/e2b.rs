@@ -126,6 +126,37 @@ async fn a_sandbox_lives_by_the_e2b_routes() {
 }
 
 #[tokio::test]
+async fn clients_that_connect_at_the_same_time_never_shorten() {
+    let bed = bed().await;
+    let body = json!({"templateID": "base", "timeout": 30});
+    let (_, made) = bed.call("POST", "/v2/sandboxes", Some(body)).await;
+    let id = made["sandboxID"].as_str().unwrap();
+    let path = format!("/v2/sandboxes/{id}/connect");
+    let begun = now_ms();
+    // The host is slow, so that all of them read the end that was before.
+    bed.sim.slow_to_answer("lifetime", 20);
+    let connects = (1..=16u64).map(|n| {
+        // The longest in the middle.
+        let timeout = if n == 8 { 5000 } else { 100 * n };
+        bed.call("POST", &path, Some(json!({ "timeout": timeout })))
+    });
+    for (status, body) in futures::future::join_all(connects).await {
+        assert_eq!(status, 200, "{body}");
+    }
+    let host = bed.sim.sandboxes.lock().unwrap()[id]
+        .lifetime
+        .end_at_unix_ms;
+    assert!(host - begun >= 5_000_000, "{}", host - begun);
+    let (_, seen) = bed.call("GET", &format!("/v1/sandboxes/{id}"), None).await;
+    let told = wrenn_store::Timestamp::from_unix_ms(host).to_string();
+    assert_eq!(
+        seen["end_at"],
+        told.as_str(),
+        "the row says what the host does"
+    );
+}
+
+#[tokio::test]
 async fn what_is_not_offered_is_refused_by_name() {
     let bed = bed().await;
     for (body, word) in [

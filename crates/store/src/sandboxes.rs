@@ -108,6 +108,8 @@ pub struct Change {
     pub shape: Option<Shape>,
     /// Set with `started_at`: its guest agent's version.
     pub envd_version: Option<String>,
+    /// Set when its host chose another end, or none, such as when traffic resumed it.
+    pub end_at: Option<Option<Timestamp>>,
 }
 
 /// Which sandboxes to list.
@@ -356,7 +358,8 @@ impl Store {
                  disk_mib = coalesce($10, disk_mib),
                  vcpus = coalesce($11, vcpus),
                  memory_mib = coalesce($12, memory_mib),
-                 envd_version = coalesce($13, envd_version)
+                 envd_version = coalesce($13, envd_version),
+                 end_at = CASE WHEN $14 THEN $15 ELSE end_at END
              WHERE id = $1 AND state = $2 AND generation = $3 RETURNING *",
         )
         .bind(from.id.uuid().to_string())
@@ -372,31 +375,35 @@ impl Store {
         .bind(change.shape.map(|s| i64::from(s.vcpus.0)))
         .bind(change.shape.map(|s| i64::from(s.memory.0)))
         .bind(change.envd_version)
+        .bind(change.end_at.is_some())
+        .bind(change.end_at.flatten().map(Timestamp::unix_ms))
         .fetch_optional(self.writer())
         .await
         .map_err(StoreError::doing("changing a sandbox's state"))?;
         row.as_ref().map(read).transpose()
     }
 
-    /// Sets how long a sandbox may live. `None` when its life is over or it is not there.
-    pub async fn set_lifetime(
+    /// Sets when a sandbox ends. With `only_later` an end that is later already, or no end at
+    /// all, stays. `None` when nothing was changed, or its life is over, or it is not there.
+    pub async fn set_end(
         &self,
         id: SandboxId,
-        idle_timeout_secs: u32,
-        end_at: Option<Timestamp>,
+        end_at: Timestamp,
+        only_later: bool,
         now: Timestamp,
     ) -> Result<Option<SandboxRow>, StoreError> {
         let row = sqlx::query(
-            "UPDATE sandboxes SET idle_timeout_secs = $2, end_at = $3, updated_at = $4
-             WHERE id = $1 AND state NOT IN ('stopped', 'error') RETURNING *",
+            "UPDATE sandboxes SET end_at = $2, updated_at = $3
+             WHERE id = $1 AND state NOT IN ('stopped', 'error') AND ($4 = 0 OR end_at < $2)
+             RETURNING *",
         )
         .bind(id.uuid().to_string())
-        .bind(i64::from(idle_timeout_secs))
-        .bind(end_at.map(Timestamp::unix_ms))
+        .bind(end_at.unix_ms())
         .bind(now.unix_ms())
+        .bind(i64::from(only_later))
         .fetch_optional(self.writer())
         .await
-        .map_err(StoreError::doing("setting a sandbox's lifetime"))?;
+        .map_err(StoreError::doing("setting a sandbox's end"))?;
         row.as_ref().map(read).transpose()
     }
 }

@@ -137,10 +137,8 @@ async fn a_state_changes_only_from_what_was_expected() {
     assert_eq!(stopped.stopped_at, Some(NOW.plus_secs(5)));
     assert_eq!(stopped.started_at, Some(NOW));
     assert_eq!(stopped.reason.as_deref(), Some("killed"));
-    assert_eq!(
-        bed.store.set_lifetime(row.id, 1, None, NOW).await.unwrap(),
-        None
-    );
+    let set = bed.store.set_end(row.id, NOW, false, NOW).await;
+    assert_eq!(set.unwrap(), None);
     assert!(bed.store.living_sandboxes().await.unwrap().is_empty());
 }
 
@@ -364,4 +362,23 @@ async fn checkpoints_end_with_their_sandbox_and_the_host_is_told_once() {
     let deleted = store.deleted_snapshots().await.unwrap();
     assert_eq!(deleted.len(), 1);
     assert_eq!(deleted[0].1, Some("aa".repeat(32)));
+}
+
+#[tokio::test]
+async fn an_end_that_may_only_be_later_is_never_earlier() {
+    let bed = bed().await;
+    let mut new = bed.new_sandbox();
+    new.end_at = Some(NOW.plus_secs(60));
+    let limited = bed.insert(new).await;
+    let endless = bed.insert(bed.new_sandbox()).await;
+    let set = async |row: &SandboxRow, secs, only_later| {
+        let end = NOW.plus_secs(secs);
+        let set = bed.store.set_end(row.id, end, only_later, NOW).await;
+        set.unwrap().map(|row| row.end_at.unwrap())
+    };
+    assert_eq!(set(&limited, 59, true).await, None);
+    assert_eq!(set(&limited, 61, true).await, Some(NOW.plus_secs(61)));
+    assert_eq!(set(&limited, 5, false).await, Some(NOW.plus_secs(5)));
+    assert_eq!(set(&endless, 1_000_000, true).await, None);
+    assert_eq!(set(&endless, 5, false).await, Some(NOW.plus_secs(5)));
 }

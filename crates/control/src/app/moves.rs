@@ -208,15 +208,11 @@ impl App {
             .filter(|lifetime| lifetime.end_at_unix_ms != 0)
             .map(|lifetime| Timestamp::from_unix_ms(lifetime.end_at_unix_ms));
         let live = live(given)?;
-        let mut row = self
-            .step(&moving, SandboxState::Running, no_reason())
-            .await?;
-        if row.end_at != end_at {
-            let now = Timestamp::now();
-            let idle = row.idle_timeout_secs;
-            let stored = self.store.set_lifetime(row.id, idle, end_at, now).await?;
-            row = stored.unwrap_or(row);
-        }
+        let change = Change {
+            end_at: Some(end_at),
+            ..Change::default()
+        };
+        let row = self.step(&moving, SandboxState::Running, change).await?;
         Ok(Moved {
             sandbox: Sandbox { row, live },
             now: true,

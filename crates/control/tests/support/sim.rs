@@ -61,6 +61,9 @@ pub struct Sim {
     pub snapshots: Mutex<BTreeMap<String, Snapshot>>,
     /// What is wrong with requests of these names, such as `pause`; `*` is all of them.
     pub faults: Mutex<BTreeMap<&'static str, Fault>>,
+    /// Milliseconds that requests of these names wait at most before they are done,
+    /// each another time, so that they overtake each other.
+    slow: Mutex<BTreeMap<&'static str, u64>>,
     /// How many requests hang.
     pub hung: AtomicU32,
     /// How many requests of a name there were.
@@ -80,6 +83,11 @@ impl Sim {
             Some(fault) => drop(faults.insert(request, fault)),
             None => drop(faults.remove(request)),
         }
+    }
+
+    /// From now on these requests take up to so many milliseconds longer.
+    pub fn slow_to_answer(&self, request: &'static str, up_to_ms: u64) {
+        self.slow.lock().unwrap().insert(request, up_to_ms);
     }
 
     /// Waits until so many requests hang.
@@ -104,9 +112,15 @@ impl Sim {
         panic!("nobody asks for {request}");
     }
 
-    fn count(&self, request: &str) {
+    fn count(&self, request: &str) -> u32 {
         let mut begun = self.begun.lock().unwrap();
-        *begun.entry(request.to_owned()).or_default() += 1;
+        let count = begun.entry(request.to_owned()).or_default();
+        *count += 1;
+        *count
+    }
+
+    fn slow_by(&self, request: &str) -> Option<u64> {
+        self.slow.lock().unwrap().get(request).copied()
     }
 
     fn faulty(&self, request: &str) -> Option<Fault> {
@@ -121,7 +135,12 @@ impl Sim {
 
     /// The beginning of a request.
     async fn begin(&self, request: &str) -> Result<(), ConnectError> {
-        self.count(request);
+        let n = self.count(request);
+        if let Some(up_to) = self.slow_by(request) {
+            // Every one another time, the later ones often the shorter.
+            let wait = u64::from(n).wrapping_mul(7919) % up_to;
+            tokio::time::sleep(Duration::from_millis(wait)).await;
+        }
         match self.faulty(request) {
             Some(Fault::Unwilling) => Err(ConnectError::failed_precondition(
                 "it is in no state for this",
