@@ -126,6 +126,41 @@ async fn a_sandbox_lives_by_the_e2b_routes() {
 }
 
 #[tokio::test]
+async fn lists_have_pages_in_both_orders() {
+    let bed = bed().await;
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        ids.push(bed.create().await);
+    }
+    for limit in [1, 2, 5, 100] {
+        for order in ["asc", "desc"] {
+            let path = format!("/v2/sandboxes?order={order}&limit={limit}");
+            let mut seen: Vec<String> = bed
+                .pages(&path, "nextToken")
+                .await
+                .iter()
+                .map(|one| one["sandboxID"].as_str().unwrap().to_owned())
+                .collect();
+            if order == "desc" {
+                seen.reverse();
+            }
+            assert_eq!(seen, ids, "{path}");
+        }
+    }
+    let reply = bed
+        .request("GET", "/v2/sandboxes?limit=2")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(reply.headers()["x-total-running"], "5");
+    for query in ["nextToken=x", "limit=0", "limit=101"] {
+        let path = format!("/v2/sandboxes?{query}");
+        let (status, answer) = bed.call("GET", &path, None).await;
+        assert_eq!((status, &answer["code"]), (400, &json!(400)), "{query}");
+    }
+}
+
+#[tokio::test]
 async fn clients_that_connect_at_the_same_time_never_shorten() {
     let bed = bed().await;
     let body = json!({"templateID": "base", "timeout": 30});

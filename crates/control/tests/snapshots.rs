@@ -276,8 +276,8 @@ async fn a_snapshot_is_a_template_of_a_fixed_shape() {
     assert_eq!(code, 201);
     let kept: Vec<String> = bed.sim.snapshots.lock().unwrap().keys().cloned().collect();
     assert!(kept.len() == 1 && kept[0] != asked.snapshot_id, "{kept:?}");
-    let (_, list) = bed.call("GET", "/v1/snapshots", None).await;
-    assert_eq!(list.as_array().unwrap().len(), 1);
+    let list = bed.pages("/v1/snapshots?type=snapshot", "cursor").await;
+    assert_eq!(list.len(), 1);
     assert_eq!(bed.call("DELETE", "/v1/snapshots/mine", None).await.0, 204);
     bed.refused("DELETE", "/v1/snapshots/mine", None, 404).await;
     assert_eq!(bed.sim.snapshots.lock().unwrap().len(), 0);
@@ -410,4 +410,50 @@ async fn g5_a_refusal_by_the_host_has_the_state_too() {
     let path = format!("/v1/sandboxes/{running}");
     let refused = bed.refused("DELETE", &path, None, 409).await;
     assert_eq!(refused["state"], "stopping", "{refused}");
+}
+
+fn names(list: &[Value]) -> Vec<&str> {
+    list.iter()
+        .map(|one| one["name"].as_str().unwrap())
+        .collect()
+}
+
+#[tokio::test]
+async fn snapshots_checkpoints_and_templates_have_pages() {
+    let bed = bed().await;
+    let id = bed.create().await;
+    let points = format!("/v1/sandboxes/{id}/checkpoints");
+    for name in ["a", "b", "c", "d", "e"] {
+        let body = json!({"sandbox_id": id, "name": name});
+        assert_eq!(post(&bed, "/v1/snapshots", body).await.0, 201);
+        assert_eq!(post(&bed, &points, json!({ "name": name })).await.0, 201);
+    }
+    let newest = ["e", "d", "c", "b", "a"];
+    for limit in [1, 2, 5, 6] {
+        let path = format!("{points}?limit={limit}");
+        assert_eq!(names(&bed.pages(&path, "cursor").await), newest);
+        let path = format!("/v1/snapshots?type=snapshot&limit={limit}");
+        assert_eq!(names(&bed.pages(&path, "cursor").await), newest);
+        // Of no type: all there is to start from, the images last.
+        let path = format!("/v1/snapshots?limit={limit}");
+        let all = bed.pages(&path, "cursor").await;
+        assert_eq!(names(&all)[..5], newest);
+        assert_eq!(names(&all)[5..], ["minimal", "other"], "{limit}");
+        let path = format!("/snapshots?sandboxID={id}&limit={limit}");
+        let listed = bed.pages(&path, "nextToken").await;
+        let ids: Vec<_> = listed.iter().map(|one| &one["snapshotID"]).collect();
+        assert_eq!(ids, newest);
+    }
+    let base = bed.pages("/v1/snapshots?type=base&limit=1", "cursor").await;
+    let other = json!({"name": "other", "type": "base", "vcpus": 2, "memory_mb": 1024,
+        "platform": true, "protected": true});
+    assert_eq!((base.len(), &base[1]), (2, &other));
+    for query in ["limit=0", "limit=1001", "cursor=x", "cursr=1"] {
+        for path in [&points, "/v1/snapshots"] {
+            bed.refused("GET", &format!("{path}?{query}"), None, 400)
+                .await;
+        }
+    }
+    bed.refused("GET", "/v1/snapshots?type=all", None, 400)
+        .await;
 }

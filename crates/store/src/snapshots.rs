@@ -71,6 +71,15 @@ pub struct SnapshotRow {
     pub created_at: Timestamp,
 }
 
+/// A piece of a list of snapshots, newest first.
+#[derive(Debug, Clone, Copy)]
+pub struct SnapshotPage {
+    /// Only what is older than this one.
+    pub after: Option<Uuid>,
+    /// At most so many.
+    pub limit: u32,
+}
+
 /// What came of storing a snapshot.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Named {
@@ -176,27 +185,66 @@ impl Store {
         row.as_ref().map(read).transpose()
     }
 
-    /// A team's templates that are snapshots, newest first.
-    pub async fn template_snapshots(&self, team: TeamId) -> Result<Vec<SnapshotRow>, StoreError> {
+    /// A team's templates that are snapshots, newest first, a page at a time: all of them, or
+    /// those of one sandbox or name.
+    pub async fn template_snapshots(
+        &self,
+        team: TeamId,
+        of: Option<SandboxId>,
+        name: Option<&str>,
+        page: SnapshotPage,
+    ) -> Result<Vec<SnapshotRow>, StoreError> {
         let rows = sqlx::query(
             "SELECT * FROM snapshots
-             WHERE team_id = $1 AND kind = 'template' AND deleted_at IS NULL ORDER BY id DESC",
+             WHERE team_id = $1 AND kind = 'template' AND deleted_at IS NULL
+               AND ($2 IS NULL OR sandbox_id = $2) AND ($3 IS NULL OR name = $3)
+               AND ($4 IS NULL OR id < $4)
+             ORDER BY id DESC LIMIT $5",
         )
         .bind(team.uuid().to_string())
+        .bind(of.map(|id| id.uuid().to_string()))
+        .bind(name)
+        .bind(page.after.map(|id| id.to_string()))
+        .bind(i64::from(page.limit))
         .fetch_all(self.reader())
         .await
         .map_err(StoreError::doing("listing templates"))?;
         rows.iter().map(read).collect()
     }
 
-    /// A sandbox's checkpoints, newest first.
-    pub async fn checkpoints(&self, sandbox: SandboxId) -> Result<Vec<SnapshotRow>, StoreError> {
+    /// A sandbox's checkpoint of this name.
+    pub async fn checkpoint(
+        &self,
+        sandbox: SandboxId,
+        name: &str,
+    ) -> Result<Option<SnapshotRow>, StoreError> {
+        let row = sqlx::query(
+            "SELECT * FROM snapshots
+             WHERE sandbox_id = $1 AND kind = 'checkpoint' AND name = $2 AND deleted_at IS NULL",
+        )
+        .bind(sandbox.uuid().to_string())
+        .bind(name)
+        .fetch_optional(self.reader())
+        .await
+        .map_err(StoreError::doing("looking up a checkpoint"))?;
+        row.as_ref().map(read).transpose()
+    }
+
+    /// A sandbox's checkpoints, newest first, a page at a time.
+    pub async fn checkpoints(
+        &self,
+        sandbox: SandboxId,
+        page: SnapshotPage,
+    ) -> Result<Vec<SnapshotRow>, StoreError> {
         let rows = sqlx::query(
             "SELECT * FROM snapshots
              WHERE sandbox_id = $1 AND kind = 'checkpoint' AND deleted_at IS NULL
-             ORDER BY id DESC",
+               AND ($2 IS NULL OR id < $2)
+             ORDER BY id DESC LIMIT $3",
         )
         .bind(sandbox.uuid().to_string())
+        .bind(page.after.map(|id| id.to_string()))
+        .bind(i64::from(page.limit))
         .fetch_all(self.reader())
         .await
         .map_err(StoreError::doing("listing checkpoints"))?;

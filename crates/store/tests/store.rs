@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use wrenn_store::{
     Change, Inserted, Named, NewKey, NewSandbox, NewSnapshot, Page, RequestHash, SandboxFilter,
-    SandboxRow, SnapshotKind, Store, Team, Timestamp,
+    SandboxRow, SnapshotKind, SnapshotPage, Store, Team, Timestamp,
 };
 use wrenn_types::{ApiKey, SandboxId, SandboxState, Shape};
 
@@ -15,6 +15,11 @@ const ALL: Page = Page {
     after: None,
     limit: 100,
     descending: true,
+};
+
+const NEWEST: SnapshotPage = SnapshotPage {
+    after: None,
+    limit: 100,
 };
 
 struct Bed {
@@ -327,7 +332,7 @@ async fn a_snapshots_name_is_one_of_a_kind_until_it_is_deleted() {
     let point = new_snapshot(&bed, SnapshotKind::Checkpoint, "mine", sandbox);
     let stored = store.insert_snapshot(point, false, NOW).await.unwrap();
     assert!(matches!(stored, Named::New(_)));
-    assert_eq!(store.checkpoints(sandbox).await.unwrap().len(), 1);
+    assert_eq!(store.checkpoints(sandbox, NEWEST).await.unwrap().len(), 1);
 
     let Named::New(second) = store.insert_snapshot(template(), true, NOW).await.unwrap() else {
         panic!("it was to be overwritten");
@@ -340,11 +345,17 @@ async fn a_snapshots_name_is_one_of_a_kind_until_it_is_deleted() {
     assert!(store.delete_snapshot(second.id, NOW).await.unwrap());
     assert!(!store.delete_snapshot(second.id, NOW).await.unwrap());
     assert_eq!(store.template_snapshot(team, "mine").await.unwrap(), None);
-    assert_eq!(store.template_snapshots(team).await.unwrap(), []);
+    assert_eq!(
+        store
+            .template_snapshots(team, None, None, NEWEST)
+            .await
+            .unwrap(),
+        []
+    );
     // What is not deleted is not forgotten.
-    let point = store.checkpoints(sandbox).await.unwrap().remove(0);
+    let point = store.checkpoints(sandbox, NEWEST).await.unwrap().remove(0);
     store.forget_snapshot(point.id).await.unwrap();
-    assert_eq!(store.checkpoints(sandbox).await.unwrap().len(), 1);
+    assert_eq!(store.checkpoints(sandbox, NEWEST).await.unwrap().len(), 1);
 }
 
 #[tokio::test]

@@ -51,8 +51,8 @@ impl Client {
 
     /// The checkpoints of a sandbox, newest first.
     pub(crate) async fn checkpoints(&self, id: &str) -> Result<Vec<Value>, ClientError> {
-        let segments = ["v1", "sandboxes", id, "checkpoints"];
-        Ok(list(self.json(self.lookup(&segments)).await?))
+        self.all_pages(&["v1", "sandboxes", id, "checkpoints"], &[])
+            .await
     }
 
     /// Puts a sandbox back to a checkpoint.
@@ -79,7 +79,34 @@ impl Client {
 
     /// The templates that are snapshots, newest first.
     pub(crate) async fn snapshots(&self) -> Result<Vec<Value>, ClientError> {
-        Ok(list(self.json(self.lookup(&["v1", "snapshots"])).await?))
+        self.all_pages(&["v1", "snapshots"], &[("type", "snapshot")])
+            .await
+    }
+
+    /// A list with all its pages.
+    async fn all_pages(
+        &self,
+        segments: &[&str],
+        filter: &[(&str, &str)],
+    ) -> Result<Vec<Value>, ClientError> {
+        let mut all = Vec::new();
+        let mut cursor: Option<String> = None;
+        loop {
+            let mut request = self.lookup(segments).query(filter);
+            if let Some(cursor) = &cursor {
+                request = request.query(&[("cursor", cursor)]);
+            }
+            let answer = self.send(request).await?;
+            let next = answer.headers().get("x-next-cursor");
+            let next = next.and_then(|value| value.to_str().ok());
+            let next = next.filter(|next| !next.is_empty()).map(str::to_owned);
+            all.extend(list(self.read_json(answer).await?));
+            // A server that repeats itself must not keep us here for ever.
+            if next.is_none() || next == cursor {
+                return Ok(all);
+            }
+            cursor = next;
+        }
     }
 
     /// Deletes a template that is a snapshot.

@@ -28,6 +28,7 @@ pub(crate) use info::{DEFAULT_TEMPLATE, template_name};
 pub(crate) use keys::NewApiKey;
 pub(crate) use moves::{Certificate, Moved};
 pub(crate) use sandboxes::{Destroyed, Sandbox};
+pub(crate) use snapshots::{ListedTemplate, TemplateKey, TemplateKind};
 
 use crate::ControlConfig;
 use crate::host::{HostClient, HostInfo};

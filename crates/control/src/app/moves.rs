@@ -271,8 +271,7 @@ impl App {
         if !matches!(row.state, SandboxState::Running | SandboxState::Paused) {
             return Err(wrong_state(&row, "running or paused"));
         }
-        let known = self.store.checkpoints(id).await?;
-        let Some(found) = known.iter().find(|known| known.name == checkpoint) else {
+        let Some(found) = self.store.checkpoint(id, checkpoint).await? else {
             let shown: String = checkpoint.chars().take(MAX_NAME).collect();
             return Err(Failure::not_found(format!(
                 "{id} has no checkpoint `{shown}`"

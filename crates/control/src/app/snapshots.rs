@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use connectrpc::ErrorCode;
-use wrenn_store::{Named, NewSnapshot, SnapshotKind, SnapshotRow, Timestamp};
-use wrenn_types::{SandboxId, TeamId};
+use uuid::Uuid;
+use wrenn_store::{Named, NewSnapshot, SnapshotKind, SnapshotPage, SnapshotRow, Timestamp};
+use wrenn_types::{SandboxId, Shape, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
+use super::info::shape_of;
 use super::moves::{MOVE_WITHIN, phases};
 use super::sandboxes::{finish, options};
 use super::{App, Code, Failure, Phase};
@@ -19,6 +21,61 @@ pub(super) const MAX_NAME: usize = 100;
 
 /// A snapshot that was taken, and where the time went.
 pub(crate) type Taken = (SnapshotRow, Vec<Phase>);
+
+/// What a template is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TemplateKind {
+    /// An image: everybody's.
+    Base,
+    /// A sandbox: its team's.
+    Snapshot,
+}
+
+/// A template in a list.
+pub(crate) enum ListedTemplate {
+    Snapshot(SnapshotRow),
+    /// An image's, with the shape that its sandboxes have where none is asked for.
+    Image(String, Shape),
+}
+
+/// A template's place in a list of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum TemplateKey {
+    Snapshot(Uuid),
+    Image(String),
+}
+
+impl ListedTemplate {
+    pub(crate) fn key(&self) -> TemplateKey {
+        match self {
+            ListedTemplate::Snapshot(row) => TemplateKey::Snapshot(row.id),
+            ListedTemplate::Image(name, _) => TemplateKey::Image(name.clone()),
+        }
+    }
+}
+
+/// Before the name of an image's template, where an id would stand for a snapshot.
+const IMAGE: &str = "image:";
+
+impl std::fmt::Display for TemplateKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            TemplateKey::Snapshot(id) => write!(f, "{id}"),
+            TemplateKey::Image(name) => write!(f, "{IMAGE}{name}"),
+        }
+    }
+}
+
+impl std::str::FromStr for TemplateKey {
+    type Err = uuid::Error;
+
+    fn from_str(text: &str) -> Result<Self, uuid::Error> {
+        match text.strip_prefix(IMAGE) {
+            Some(name) => Ok(TemplateKey::Image(name.to_owned())),
+            None => text.parse().map(TemplateKey::Snapshot),
+        }
+    }
+}
 
 /// A name that a template or checkpoint may have.
 fn check_name(name: &str) -> Result<(), Failure> {
@@ -67,14 +124,7 @@ impl App {
                 }
             }
             SnapshotKind::Checkpoint => {
-                if !overwrite
-                    && self
-                        .store
-                        .checkpoints(id)
-                        .await?
-                        .iter()
-                        .any(|c| c.name == name)
-                {
+                if !overwrite && self.store.checkpoint(id, &name).await?.is_some() {
                     return Err(name_taken(&name));
                 }
             }
@@ -123,6 +173,42 @@ impl App {
             }
         }))
         .await
+    }
+
+    /// What sandboxes can be made from, a page at a time: the team's snapshots, newest first,
+    /// and after them the images' templates by name.
+    pub(crate) async fn list_templates(
+        &self,
+        team: TeamId,
+        kind: Option<TemplateKind>,
+        after: Option<&TemplateKey>,
+        limit: u32,
+    ) -> Result<Vec<ListedTemplate>, Failure> {
+        let mut listed = Vec::new();
+        let past_snapshots = matches!(after, Some(TemplateKey::Image(_)));
+        if kind != Some(TemplateKind::Base) && !past_snapshots {
+            let after = match after {
+                Some(TemplateKey::Snapshot(id)) => Some(*id),
+                Some(TemplateKey::Image(_)) | None => None,
+            };
+            let page = SnapshotPage { after, limit };
+            let rows = self.store.template_snapshots(team, None, None, page);
+            listed.extend(rows.await?.into_iter().map(ListedTemplate::Snapshot));
+        }
+        let room = (limit as usize).saturating_sub(listed.len());
+        if kind != Some(TemplateKind::Snapshot) && room > 0 {
+            let info = self.host_info().await?;
+            let later = |name: &String| match after {
+                Some(TemplateKey::Image(last)) => name > last,
+                Some(TemplateKey::Snapshot(_)) | None => true,
+            };
+            let images = info.templates.iter().filter(|(name, _)| later(name));
+            listed.extend(images.take(room).map(|(name, template)| {
+                let shape = shape_of(template);
+                ListedTemplate::Image(name.clone(), shape)
+            }));
+        }
+        Ok(listed)
     }
 
     /// Deletes a team's template that is a snapshot. Sandboxes made from it live on.

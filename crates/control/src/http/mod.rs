@@ -12,6 +12,7 @@ mod error;
 mod extract;
 mod native;
 mod openapi;
+mod page;
 mod timing;
 
 use std::sync::Arc;

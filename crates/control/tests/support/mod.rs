@@ -116,6 +116,29 @@ impl Bed {
         )
     }
 
+    /// A whole list, page by page.
+    pub async fn pages(&self, path: &str, cursor: &str) -> Vec<Value> {
+        let header = match cursor {
+            "cursor" => "x-next-cursor",
+            _ => "x-next-token",
+        };
+        let (mut all, mut next) = (Vec::new(), String::new());
+        loop {
+            let sign = if path.contains('?') { '&' } else { '?' };
+            let page = format!("{path}{sign}{cursor}={next}");
+            let reply = self.request("GET", &page).send().await.unwrap();
+            assert_eq!(reply.status(), 200, "{page}");
+            let following = reply.headers().get(header).cloned();
+            let entries: Vec<Value> = reply.json().await.unwrap();
+            assert!(!entries.is_empty() || following.is_none(), "{page}");
+            all.extend(entries);
+            match following {
+                Some(following) => next = following.to_str().unwrap().to_owned(),
+                None => return all,
+            }
+        }
+    }
+
     pub async fn create(&self) -> String {
         let (status, body) = self.call("POST", "/v1/sandboxes", None).await;
         assert_eq!(status, 201, "{body}");

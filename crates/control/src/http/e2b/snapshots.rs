@@ -5,25 +5,25 @@ use std::sync::Arc;
 
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, StatusCode};
+use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use wrenn_store::{SnapshotKind, SnapshotRow};
-use wrenn_types::SandboxState;
+use uuid::Uuid;
+use wrenn_store::{SnapshotKind, SnapshotPage, SnapshotRow};
+use wrenn_types::{SandboxId, SandboxState};
 
 use super::model::{E2bErrorBody, SandboxModel};
 use super::sandboxes::{
-    Body, DEFAULT_TIMEOUT_V1, Id, NEXT_TOKEN, as_conflict, as_missing, keeps_memory, seconds,
+    Body, DEFAULT_TIMEOUT_V1, Id, as_conflict, as_missing, keeps_memory, seconds,
 };
 use crate::app::{App, Code, Failure};
 use crate::auth::Principal;
 use crate::http::error::E2bError;
 use crate::http::extract::Query;
+use crate::http::page::{self, Asked};
 
 /// Most children of one fork.
 const MAX_CHILDREN: i64 = 100;
-/// Entries of a page of snapshots.
-const LIMIT: u64 = 100;
 
 /// How to pause.
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -247,26 +247,25 @@ pub(super) async fn list(
     principal: Principal,
     query: Query,
 ) -> Result<Response, E2bError> {
-    let limit = query.number("limit", 1, LIMIT)?.unwrap_or(LIMIT) as usize;
+    let asked = Asked::<Uuid>::read(&query, &page::E2B)?;
     let given = |name| query.get(name).filter(|text: &&str| !text.is_empty());
-    let (of, name, token) = (given("sandboxID"), given("name"), given("nextToken"));
-    let rows = app.store.template_snapshots(principal.team).await;
-    let mut rows = rows.map_err(Failure::from)?;
-    rows.retain(|row| of.is_none_or(|of| row.sandbox.to_string() == of));
-    rows.retain(|row| name.is_none_or(|name| row.name == name));
-    // Newest first, so a page goes on with what is older than the last one of the page before.
-    rows.retain(|row| token.is_none_or(|last| row.id.to_string().as_str() < last));
-    let more = rows.len() > limit;
-    rows.truncate(limit);
-    let last = rows.last().filter(|_| more).map(|row| row.id.to_string());
-    let body: Vec<SnapshotInfo> = rows.into_iter().map(Into::into).collect();
-    let mut response = axum::Json(body).into_response();
-    if let Some(last) = last
-        && let Ok(token) = HeaderValue::from_str(&last)
-    {
-        response.headers_mut().insert(NEXT_TOKEN, token);
-    }
-    Ok(response)
+    // What cannot be an id names no sandbox, and so no snapshot of it.
+    let of = given("sandboxID").map(|of| of.parse::<SandboxId>().ok());
+    let found = match of {
+        Some(None) => Vec::new(),
+        None | Some(Some(_)) => {
+            let page = SnapshotPage {
+                after: asked.after,
+                limit: asked.look_for(),
+            };
+            app.store
+                .template_snapshots(principal.team, of.flatten(), given("name"), page)
+                .await
+                .map_err(Failure::from)?
+        }
+    };
+    let body = |row| Some(SnapshotInfo::from(row));
+    Ok(asked.answer(found, |row| row.id, body))
 }
 
 /// Delete a snapshot

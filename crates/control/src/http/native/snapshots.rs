@@ -7,14 +7,18 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use wrenn_store::{SnapshotKind, SnapshotRow};
+use uuid::Uuid;
+use wrenn_store::{SnapshotKind, SnapshotPage, SnapshotRow};
 
 use super::ErrorBody;
 use super::sandboxes::SandboxBody;
-use crate::app::{App, Certificate, Failure, Moved, Phase};
+use crate::app::{
+    App, Certificate, Failure, ListedTemplate, Moved, Phase, TemplateKey, TemplateKind,
+};
 use crate::auth::Principal;
 use crate::http::ApiError;
 use crate::http::extract::{Id, Json, Query};
+use crate::http::page::{self, Asked};
 use crate::http::timing::{SERVER_TIMING, server_timing};
 
 /// Most children of one fork.
@@ -263,10 +267,14 @@ pub(super) async fn checkpoint(
 /// List a sandbox's checkpoints
 #[utoipa::path(
     get, path = "/v1/sandboxes/{id}/checkpoints", tag = "snapshots",
-    params(("id" = String, Path, description = "`sb-…`")),
+    params(
+        ("id" = String, Path, description = "`sb-…`"),
+        ("limit" = Option<u32>, Query, description = "1 to 1000, 100 by default"),
+        ("cursor" = Option<String>, Query, description = "What `X-Next-Cursor` said before"),
+    ),
     responses(
-        (status = 200, description = "Newest first", body = [CheckpointBody]),
-        (status = 400, description = "Malformed id", body = ErrorBody),
+        (status = 200, description = "Newest first, with `X-Next-Cursor` if there are more", body = [CheckpointBody]),
+        (status = 400, description = "Malformed", body = ErrorBody),
         (status = 401, description = "No valid key", body = ErrorBody),
         (status = 404, description = "No such sandbox", body = ErrorBody),
     )
@@ -275,10 +283,18 @@ pub(super) async fn checkpoints(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-) -> Result<axum::Json<Vec<CheckpointBody>>, ApiError> {
+    query: Query,
+) -> Result<Response, ApiError> {
+    query.only(&["limit", "cursor"], None)?;
+    let asked = Asked::<Uuid>::read(&query, &page::NATIVE)?;
     app.row(principal.team, id).await?;
-    let rows = app.store.checkpoints(id).await.map_err(Failure::from)?;
-    Ok(axum::Json(rows.into_iter().map(Into::into).collect()))
+    let page = SnapshotPage {
+        after: asked.after,
+        limit: asked.look_for(),
+    };
+    let found = app.store.checkpoints(id, page).await;
+    let body = |row| Some(CheckpointBody::from(row));
+    Ok(asked.answer(found.map_err(Failure::from)?, |row| row.id, body))
 }
 
 /// Where to go back to.
@@ -324,19 +340,26 @@ pub(crate) struct SnapshotRequest {
     name: Option<String>,
 }
 
-/// A template that is a snapshot.
+/// A template.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct SnapshotBody {
     name: String,
-    /// Always `snapshot`.
+    /// `snapshot`, or `base` for an image's.
     #[serde(rename = "type")]
+    #[schema(example = "snapshot")]
     kind: &'static str,
     vcpus: u32,
     memory_mb: u32,
-    size_bytes: u64,
+    /// Of a snapshot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size_bytes: Option<u64>,
+    /// Of a snapshot.
     #[schema(format = DateTime)]
-    created_at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    created_at: Option<String>,
+    /// Everybody's, not the team's.
     platform: bool,
+    /// It cannot be deleted here.
     protected: bool,
 }
 
@@ -347,10 +370,28 @@ impl From<SnapshotRow> for SnapshotBody {
             kind: "snapshot",
             vcpus: row.shape.vcpus.0,
             memory_mb: row.shape.memory.0,
-            size_bytes: row.size_bytes,
-            created_at: row.created_at.to_string(),
+            size_bytes: Some(row.size_bytes),
+            created_at: Some(row.created_at.to_string()),
             platform: false,
             protected: false,
+        }
+    }
+}
+
+impl From<ListedTemplate> for SnapshotBody {
+    fn from(template: ListedTemplate) -> Self {
+        match template {
+            ListedTemplate::Snapshot(row) => row.into(),
+            ListedTemplate::Image(name, shape) => SnapshotBody {
+                name,
+                kind: "base",
+                vcpus: shape.vcpus.0,
+                memory_mb: shape.memory.0,
+                size_bytes: None,
+                created_at: None,
+                platform: true,
+                protected: true,
+            },
         }
     }
 }
@@ -391,30 +432,41 @@ pub(super) async fn create(
     Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
 
-/// List templates that are snapshots
+/// List templates
+///
+/// The team's snapshots, newest first, and after them the images' templates by name.
 #[utoipa::path(
     get, path = "/v1/snapshots", tag = "snapshots",
-    params(("type" = Option<String>, Query, description = "Only `snapshot` has any")),
+    params(
+        ("type" = Option<String>, Query, description = "Only `snapshot` or only `base`, the images'"),
+        ("limit" = Option<u32>, Query, description = "1 to 1000, 100 by default"),
+        ("cursor" = Option<String>, Query, description = "What `X-Next-Cursor` said before"),
+    ),
     responses(
-        (status = 200, description = "Newest first", body = [SnapshotBody]),
+        (status = 200, description = "With `X-Next-Cursor` if there are more", body = [SnapshotBody]),
+        (status = 400, description = "Malformed", body = ErrorBody),
         (status = 401, description = "No valid key", body = ErrorBody),
+        (status = 503, description = "The host does not answer", body = ErrorBody),
     )
 )]
 pub(super) async fn list(
     State(app): State<Arc<App>>,
     principal: Principal,
     query: Query,
-) -> Result<axum::Json<Vec<SnapshotBody>>, ApiError> {
-    query.only(&["type"], None)?;
-    if query
-        .get("type")
-        .is_some_and(|kind| !matches!(kind, "" | "snapshot"))
-    {
-        return Ok(axum::Json(Vec::new()));
-    }
-    let rows = app.store.template_snapshots(principal.team).await;
-    let rows = rows.map_err(Failure::from)?;
-    Ok(axum::Json(rows.into_iter().map(Into::into).collect()))
+) -> Result<Response, ApiError> {
+    query.only(&["type", "limit", "cursor"], None)?;
+    let kind = match query.get("type") {
+        None | Some("") => None,
+        Some("snapshot") => Some(TemplateKind::Snapshot),
+        Some("base") => Some(TemplateKind::Base),
+        Some(_) => return Err(Failure::invalid("`type` must be `snapshot` or `base`").into()),
+    };
+    let asked = Asked::<TemplateKey>::read(&query, &page::NATIVE)?;
+    let (after, limit) = (asked.after.as_ref(), asked.look_for());
+    let found = app.list_templates(principal.team, kind, after, limit);
+    let found = found.await?;
+    let body = |template| Some(SnapshotBody::from(template));
+    Ok(asked.answer(found, ListedTemplate::key, body))
 }
 
 /// Delete a template that is a snapshot
