@@ -4,6 +4,7 @@ use sqlx::sqlite::SqliteRow;
 use uuid::Uuid;
 use wrenn_types::{MemoryMib, SandboxId, Shape, TeamId, Vcpus};
 
+use crate::idempotency::note_done;
 use crate::row::Columns;
 use crate::{Store, StoreError, Timestamp};
 
@@ -28,6 +29,8 @@ impl SnapshotKind {
 /// A snapshot to be stored.
 #[derive(Debug, Clone)]
 pub struct NewSnapshot {
+    /// Names the row; newer ones are greater.
+    pub id: Uuid,
     /// Whose it is.
     pub team: TeamId,
     /// What for.
@@ -143,7 +146,7 @@ impl Store {
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
              ON CONFLICT DO NOTHING RETURNING *",
         )
-        .bind(Uuid::now_v7().to_string())
+        .bind(new.id.to_string())
         .bind(new.team.uuid().to_string())
         .bind(new.kind.as_str())
         .bind(new.name)
@@ -160,6 +163,7 @@ impl Store {
         .map_err(failed())?;
         match row.as_ref().map(read).transpose()? {
             Some(row) => {
+                note_done(&mut tx, row.id).await.map_err(failed())?;
                 tx.commit().await.map_err(failed())?;
                 Ok(Named::New(row))
             }
@@ -182,6 +186,23 @@ impl Store {
         .fetch_optional(self.reader())
         .await
         .map_err(StoreError::doing("looking up a template"))?;
+        row.as_ref().map(read).transpose()
+    }
+
+    /// A team's snapshot, whatever it is for.
+    pub async fn snapshot(
+        &self,
+        team: TeamId,
+        id: Uuid,
+    ) -> Result<Option<SnapshotRow>, StoreError> {
+        let row = sqlx::query(
+            "SELECT * FROM snapshots WHERE id = $1 AND team_id = $2 AND deleted_at IS NULL",
+        )
+        .bind(id.to_string())
+        .bind(team.uuid().to_string())
+        .fetch_optional(self.reader())
+        .await
+        .map_err(StoreError::doing("looking up a snapshot"))?;
         row.as_ref().map(read).transpose()
     }
 
@@ -262,7 +283,7 @@ impl Store {
                  memory_mib, disk_mib, size_bytes, envd_version, created_at, deleted_at)
              VALUES ($1, $2, $3, $4, $5, $6, 0, 0, 0, 0, '', $7, $7)",
         )
-        .bind(Uuid::now_v7().to_string())
+        .bind(new.id.to_string())
         .bind(new.team.uuid().to_string())
         .bind(new.kind.as_str())
         .bind(new.name)

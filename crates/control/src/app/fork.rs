@@ -9,9 +9,11 @@ use wrenn_store::{Inserted, NewSandbox, SandboxRow, Timestamp};
 use wrenn_types::{SandboxId, SandboxState, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
+use super::idempotency::{Key, in_progress};
 use super::moves::{Certificate, live, phases};
 use super::sandboxes::{Sandbox, finish, lifetime, options, started};
-use super::{App, Failure, Phase};
+use super::snapshots::check_name;
+use super::{App, Claim, Code, Failure, Phase};
 
 /// Saving one sandbox and restoring it many times.
 const FORK_WITHIN: Duration = Duration::from_secs(300);
@@ -22,22 +24,59 @@ const FORKED_FOR: i64 = 300;
 /// A child of a fork.
 pub(crate) type Child = Result<(Sandbox, Option<Certificate>), Failure>;
 
+/// How to fork.
+#[derive(Debug, Clone)]
+pub(crate) struct Fork {
+    /// How many children.
+    pub(crate) count: u32,
+    /// What to call the child, or with a number after it each of several.
+    pub(crate) name: Option<String>,
+    /// Each ends so many seconds from now.
+    pub(crate) secs: Option<u32>,
+    pub(crate) idempotency: Option<Key>,
+}
+
+impl Fork {
+    /// The children's names.
+    fn names(&self) -> impl Iterator<Item = Option<String>> + '_ {
+        (1..=self.count).map(|n| match (&self.name, self.count) {
+            (Some(name), 1) => Some(name.clone()),
+            (Some(name), _) => Some(format!("{name}-{n}")),
+            (None, _) => None,
+        })
+    }
+}
+
+fn child_name_taken(name: &str) -> Failure {
+    Failure::new(
+        Code::Conflict,
+        format!("there is a sandbox `{name}` already; choose another name, or end that one"),
+    )
+}
+
 impl App {
-    /// Starts `count` new sandboxes as this one is now. Each ends as the parent would, or with
-    /// `secs` so many seconds from now.
+    /// Starts new sandboxes as this one is now. Each ends as the parent would, unless something
+    /// else was asked for.
     pub(crate) async fn fork(
         self: &Arc<Self>,
         team: TeamId,
         id: SandboxId,
-        count: u32,
-        secs: Option<u32>,
+        fork: Fork,
     ) -> Result<(Vec<Child>, Vec<Phase>), Failure> {
+        if let Some(name) = &fork.name {
+            check_name(name)?;
+        }
+        if let Some(key) = &fork.idempotency
+            && let Some(children) = self.forked_before(team, key).await?
+        {
+            return Ok((children, Vec::new()));
+        }
         let row = self.get(team, id).await?.row;
         let app = Arc::clone(self);
         finish(tokio::spawn(async move {
             let held = app.hold_still(&row).await?;
             let now = Timestamp::now();
-            let (idle, end_at) = match secs {
+            let (idle, end_at) = match fork.secs {
                 Some(secs) => (0, Some(now.plus_secs(i64::from(secs)))),
                 // Of a paused one the end may be over; its children live as long as it would.
                 None => {
@@ -46,13 +85,10 @@ impl App {
                     (row.idle_timeout_secs, end_at)
                 }
             };
-            let mut children = Vec::new();
-            let mut claims = Vec::new();
-            for _ in 0..count {
-                let child = SandboxId::new();
-                claims.extend(app.busy.claim(child));
-                let new = NewSandbox {
-                    id: child,
+            let new: Vec<NewSandbox> = fork
+                .names()
+                .map(|name| NewSandbox {
+                    id: SandboxId::new(),
                     team,
                     template: row.template.clone(),
                     shape: row.shape,
@@ -63,13 +99,24 @@ impl App {
                     allow_internet: row.allow_internet,
                     pause_at_end: row.pause_at_end,
                     auto_resume: row.auto_resume,
-                    idempotency: None,
-                };
-                // Without a key there is none that could be taken.
-                if let Inserted::New(stored) = app.store.insert_sandbox(new, now).await? {
-                    children.push(*stored);
+                    name,
+                })
+                .collect();
+            let claimed = new.iter().filter_map(|child| app.busy.claim(child.id));
+            let _claims: Vec<Claim> = claimed.collect();
+            let key = fork.idempotency.clone();
+            let stored = app.store.insert_sandboxes(new, key, now).await;
+            let children = match stored {
+                Ok(Inserted::New(children)) => children,
+                refused => {
+                    app.release(held).await?;
+                    return match refused? {
+                        Inserted::NameTaken(name) => Err(child_name_taken(&name)),
+                        // The same request came twice at the same time.
+                        Inserted::KeyTaken | Inserted::New(_) => Err(in_progress()),
+                    };
                 }
-            }
+            };
             let request = wire::ForkSandboxRequest {
                 sandbox_id: id.to_string(),
                 child_ids: children.iter().map(|child| child.id.to_string()).collect(),
@@ -86,6 +133,8 @@ impl App {
                     for child in &children {
                         app.give_up(child, error.clone()).await;
                     }
+                    let all: Vec<_> = children.iter().map(|child| child.id.uuid()).collect();
+                    app.store.forget_made(&all).await?;
                     return Err(app.release_after(held, error).await);
                 }
             };

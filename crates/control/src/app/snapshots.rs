@@ -9,6 +9,7 @@ use wrenn_store::{Named, NewSnapshot, SnapshotKind, SnapshotPage, SnapshotRow, T
 use wrenn_types::{SandboxId, Shape, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
+use super::idempotency::{Key, in_progress};
 use super::info::shape_of;
 use super::moves::{MOVE_WITHIN, phases};
 use super::sandboxes::{finish, options};
@@ -21,6 +22,17 @@ pub(super) const MAX_NAME: usize = 100;
 
 /// A snapshot that was taken, and where the time went.
 pub(crate) type Taken = (SnapshotRow, Vec<Phase>);
+
+/// What snapshot to take.
+#[derive(Debug, Clone)]
+pub(crate) struct Take {
+    pub(crate) kind: SnapshotKind,
+    /// Made up where none is given.
+    pub(crate) name: Option<String>,
+    /// Take the name from the one that has it.
+    pub(crate) overwrite: bool,
+    pub(crate) idempotency: Option<Key>,
+}
 
 /// What a template is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +90,7 @@ impl std::str::FromStr for TemplateKey {
 }
 
 /// A name that a template or checkpoint may have.
-fn check_name(name: &str) -> Result<(), Failure> {
+pub(super) fn check_name(name: &str) -> Result<(), Failure> {
     let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '_');
     if !name.is_empty() && name.len() <= MAX_NAME && name.chars().all(fits) {
         return Ok(());
@@ -95,10 +107,19 @@ impl App {
         self: &Arc<Self>,
         team: TeamId,
         id: SandboxId,
-        kind: SnapshotKind,
-        name: Option<String>,
-        overwrite: bool,
+        take: Take,
     ) -> Result<Taken, Failure> {
+        let Take {
+            kind,
+            name,
+            overwrite,
+            idempotency,
+        } = take;
+        if let Some(key) = &idempotency
+            && let Some(taken) = self.taken_before(team, id, key).await?
+        {
+            return Ok(taken);
+        }
         let row = self.get(team, id).await?.row;
         let name = match name {
             Some(name) => name,
@@ -137,6 +158,15 @@ impl App {
                 ..Default::default()
             };
             let held = app.hold_still(&row).await?;
+            let snapshot = Uuid::now_v7();
+            if let Some((key, hash)) = idempotency {
+                let now = Timestamp::now();
+                let reserved = app.store.reserve_key(team, &key, hash, snapshot, now).await;
+                if !matches!(reserved, Ok(true)) {
+                    app.release(held).await?;
+                    return Err(reserved.map_or_else(Failure::from, |_| in_progress()));
+                }
+            }
             let kept = app.kept.read().await;
             let asked = app
                 .host
@@ -144,10 +174,14 @@ impl App {
                 .await;
             let reply = match asked {
                 Ok(reply) => reply.into_owned(),
-                Err(error) => return Err(app.release_after(held, error).await),
+                Err(error) => {
+                    app.store.forget_made(&[snapshot]).await?;
+                    return Err(app.release_after(held, error).await);
+                }
             };
             let taken = reply.snapshot.into_option().unwrap_or_default();
             let new = NewSnapshot {
+                id: snapshot,
                 team,
                 kind,
                 name: name.clone(),
@@ -163,6 +197,7 @@ impl App {
             if !matches!(stored, Ok(Named::New(_))) {
                 // For the host to be told that nobody needs it.
                 app.store.discard_snapshot(new, now).await?;
+                app.store.forget_made(&[snapshot]).await?;
             }
             drop(kept);
             app.release(held).await?;

@@ -33,7 +33,7 @@ pub struct Bed {
     pub key: ApiKey,
     pub address: SocketAddr,
     pub http: reqwest::Client,
-    pub dir: tempfile::TempDir,
+    pub dir: Arc<tempfile::TempDir>,
     server: tokio::task::JoinHandle<()>,
 }
 
@@ -48,7 +48,8 @@ pub async fn bed() -> Bed {
 }
 
 /// With rounds of the reconciler only when a test asks for them.
-pub async fn bed_in(dir: tempfile::TempDir, sim: Arc<Sim>) -> Bed {
+pub async fn bed_in(dir: impl Into<Arc<tempfile::TempDir>>, sim: Arc<Sim>) -> Bed {
+    let dir = dir.into();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let dialer = Arc::new(SimDialer {
@@ -89,7 +90,44 @@ pub async fn bed_in(dir: tempfile::TempDir, sim: Arc<Sim>) -> Bed {
     }
 }
 
+/// A control plane that can be killed, with everything that it is at.
+pub struct Doomed {
+    pub bed: Bed,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Doomed {
+    pub fn start() -> Doomed {
+        let made = std::thread::spawn(|| {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            let bed = runtime.block_on(bed());
+            Doomed { bed, runtime }
+        });
+        made.join().unwrap()
+    }
+
+    /// Kills it and starts another on the same folder and the same host, which has no fault any
+    /// more. Its rounds have not begun.
+    pub async fn killed(self) -> Bed {
+        let (dir, sim) = (Arc::clone(&self.bed.dir), Arc::clone(&self.bed.sim));
+        let killing = std::thread::spawn(move || {
+            self.runtime.shutdown_timeout(Duration::from_secs(10));
+            drop(self.bed);
+        });
+        killing.join().unwrap();
+        sim.faults.lock().unwrap().clear();
+        bed_in(dir, sim).await
+    }
+}
+
 impl Bed {
+    /// Another control plane on the same folder and the same host.
+    pub async fn restarted(self) -> Bed {
+        let (dir, sim) = (Arc::clone(&self.dir), Arc::clone(&self.sim));
+        drop(self);
+        bed_in(dir, sim).await
+    }
+
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, StatusCode};
 use percent_encoding::percent_decode_str;
@@ -20,7 +20,7 @@ use crate::http::error::E2bError;
 use crate::http::extract::{Json, Query, idempotency_key, pairs, path_param};
 use crate::http::native::MAX_TIMEOUT_SECS;
 use crate::http::page::{self, Asked};
-use crate::http::timing::{SERVER_TIMING, server_timing};
+use crate::http::timing::with_timing;
 
 /// Seconds a sandbox lives where nothing is said.
 pub(super) const DEFAULT_TIMEOUT_V1: i64 = 15;
@@ -122,13 +122,8 @@ async fn create(
         idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
     };
     let created = app.create(principal.team, spec).await?;
-    let timing = server_timing(&created.phases);
-    let model = SandboxModel::new(&app.config, created.sandbox);
-    let mut response = (StatusCode::CREATED, axum::Json(model)).into_response();
-    if let Some(timing) = timing {
-        response.headers_mut().insert(SERVER_TIMING, timing);
-    }
-    Ok(response)
+    let body = SandboxModel::new(&app.config, created.sandbox);
+    Ok(with_timing(StatusCode::CREATED, body, &created.phases))
 }
 
 /// Create a sandbox
@@ -215,7 +210,7 @@ async fn connect(
         false => StatusCode::OK,
     };
     let model = SandboxModel::new(&app.config, moved.sandbox);
-    Ok((status, axum::Json(model)).into_response())
+    Ok(with_timing(status, model, &moved.phases))
 }
 
 /// Refuses what would save or restore a disk without its memory.

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::response::{IntoResponse, Response};
-use http::StatusCode;
+use axum::response::Response;
+use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -16,11 +16,12 @@ use super::model::{E2bErrorBody, SandboxModel};
 use super::sandboxes::{
     Body, DEFAULT_TIMEOUT_V1, Id, as_conflict, as_missing, keeps_memory, seconds,
 };
-use crate::app::{App, Code, Failure};
+use crate::app::{self, App, Code, Failure, Take};
 use crate::auth::Principal;
 use crate::http::error::E2bError;
-use crate::http::extract::Query;
+use crate::http::extract::{Query, idempotency_key};
 use crate::http::page::{self, Asked};
+use crate::http::timing::with_timing;
 
 /// Most children of one fork.
 const MAX_CHILDREN: i64 = 100;
@@ -97,7 +98,7 @@ pub(super) async fn resume(
         return Err(Failure::new(Code::Conflict, message).into());
     };
     let model = SandboxModel::new(&app.config, moved.sandbox);
-    Ok((StatusCode::CREATED, axum::Json(model)).into_response())
+    Ok(with_timing(StatusCode::CREATED, model, &moved.phases))
 }
 
 /// How to fork.
@@ -144,7 +145,8 @@ pub(super) async fn fork(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-    Body(body, _): Body<Fork>,
+    headers: HeaderMap,
+    Body(body, hash): Body<Fork>,
 ) -> Result<Response, E2bError> {
     let secs = seconds(body.timeout.unwrap_or(DEFAULT_TIMEOUT_V1), 1)?;
     let count = match body.count.unwrap_or(1) {
@@ -154,8 +156,14 @@ pub(super) async fn fork(
             return Err(Failure::invalid(message).into());
         }
     };
-    let forked = app.fork(principal.team, id, count, Some(secs)).await;
-    let (children, _) = forked.map_err(|e| as_conflict(id, e))?;
+    let fork = app::Fork {
+        count,
+        name: None,
+        secs: Some(secs),
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let forked = app.fork(principal.team, id, fork).await;
+    let (children, phases) = forked.map_err(|e| as_conflict(id, e))?;
     let child = |child: Result<_, Failure>| match child {
         Ok((sandbox, _)) => Forked {
             sandbox: Some(SandboxModel::new(&app.config, sandbox)),
@@ -170,7 +178,7 @@ pub(super) async fn fork(
         },
     };
     let body: Vec<Forked> = children.into_iter().map(child).collect();
-    Ok((StatusCode::CREATED, axum::Json(body)).into_response())
+    Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
 
 /// How to take a snapshot.
@@ -217,15 +225,21 @@ pub(super) async fn create(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-    Body(body, _): Body<NewSnapshot>,
+    headers: HeaderMap,
+    Body(body, hash): Body<NewSnapshot>,
 ) -> Result<Response, E2bError> {
     keeps_memory(body.memory)?;
     // A name is a new version of what had it before, as with templates.
-    let kind = SnapshotKind::Template;
-    let taken = app.take_snapshot(principal.team, id, kind, body.name, true);
-    let (row, _) = taken.await.map_err(|e| as_conflict(id, e))?;
+    let take = Take {
+        kind: SnapshotKind::Template,
+        name: body.name,
+        overwrite: true,
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let taken = app.take_snapshot(principal.team, id, take).await;
+    let (row, phases) = taken.map_err(|e| as_conflict(id, e))?;
     let body = SnapshotInfo::from(row);
-    Ok((StatusCode::CREATED, axum::Json(body)).into_response())
+    Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
 
 /// List snapshots

@@ -18,7 +18,7 @@ use crate::auth::Principal;
 use crate::http::ApiError;
 use crate::http::extract::{Id, Json, Query, check_metadata, idempotency_key};
 use crate::http::page::{self, Asked};
-use crate::http::timing::{SERVER_TIMING, server_timing};
+use crate::http::timing::with_timing;
 
 /// Longest lifetime that may be asked for: 30 days.
 pub(in crate::http) const MAX_TIMEOUT_SECS: i64 = 30 * 24 * 3600;
@@ -76,6 +76,9 @@ pub(crate) struct SandboxBody {
     /// Why, where that was not asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    /// What a fork called it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
     template: String,
     vcpus: u32,
     memory_mb: u32,
@@ -109,6 +112,7 @@ impl From<Sandbox> for SandboxBody {
             id: row.id.to_string(),
             status: row.state.as_str(),
             reason: row.reason,
+            name: row.name,
             template: row.template,
             vcpus: row.shape.vcpus.0,
             memory_mb: row.shape.memory.0,
@@ -187,13 +191,8 @@ pub(super) async fn create(
     let mut spec = spec(body)?;
     spec.idempotency = idempotency_key(&headers)?.map(|key| (key, hash));
     let created = app.create(principal.team, spec).await?;
-    let timing = server_timing(&created.phases);
     let body = SandboxBody::from(created.sandbox);
-    let mut response = (StatusCode::CREATED, axum::Json(body)).into_response();
-    if let Some(timing) = timing {
-        response.headers_mut().insert(SERVER_TIMING, timing);
-    }
-    Ok(response)
+    Ok(with_timing(StatusCode::CREATED, body, &created.phases))
 }
 
 /// List sandboxes

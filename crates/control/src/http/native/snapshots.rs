@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::response::{IntoResponse, Response};
-use http::StatusCode;
+use axum::response::Response;
+use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -13,13 +13,13 @@ use wrenn_store::{SnapshotKind, SnapshotPage, SnapshotRow};
 use super::ErrorBody;
 use super::sandboxes::SandboxBody;
 use crate::app::{
-    App, Certificate, Failure, ListedTemplate, Moved, Phase, TemplateKey, TemplateKind,
+    App, Certificate, Failure, Fork, ListedTemplate, Moved, Take, TemplateKey, TemplateKind,
 };
 use crate::auth::Principal;
 use crate::http::ApiError;
-use crate::http::extract::{Id, Json, Query};
+use crate::http::extract::{Id, Json, Query, idempotency_key};
 use crate::http::page::{self, Asked};
-use crate::http::timing::{SERVER_TIMING, server_timing};
+use crate::http::timing::with_timing;
 
 /// Most children of one fork.
 const MAX_CHILDREN: u32 = 100;
@@ -73,14 +73,6 @@ pub(crate) struct RestoredBody {
     sandbox: SandboxBody,
     #[serde(skip_serializing_if = "Option::is_none")]
     restore_certificate: Option<RestoreCertificate>,
-}
-
-fn with_timing(status: StatusCode, body: impl Serialize, phases: &[Phase]) -> Response {
-    let mut response = (status, axum::Json(body)).into_response();
-    if let Some(timing) = server_timing(phases) {
-        response.headers_mut().insert(SERVER_TIMING, timing);
-    }
-    response
 }
 
 fn restored(moved: Moved) -> Response {
@@ -146,6 +138,10 @@ pub(crate) struct ForkBody {
     /// How many children; 1 by default, at most 100.
     #[schema(minimum = 1, maximum = 100)]
     count: Option<u32>,
+    /// What to call the child; several are called `name-1`, `name-2` and so on. No two living
+    /// sandboxes of a team have the same name.
+    #[schema(example = "attempt")]
+    name: Option<String>,
 }
 
 /// A child of a fork: a sandbox, or why there is none.
@@ -167,13 +163,17 @@ pub(crate) enum ChildBody {
 /// itself. Each child has its own id, host name, randomness and access token.
 #[utoipa::path(
     post, path = "/v1/sandboxes/{id}/fork", tag = "snapshots", request_body = ForkBody,
-    params(("id" = String, Path, description = "`sb-…`")),
+    params(
+        ("id" = String, Path, description = "`sb-…`"),
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "The same key and body within 24 hours fork once"),
+    ),
     responses(
         (status = 201, description = "The children; `Server-Timing` has `frozen`, for how long the parent stood", body = [ChildBody]),
         (status = 400, description = "Malformed", body = ErrorBody),
         (status = 401, description = "No valid key", body = ErrorBody),
         (status = 404, description = "No such sandbox", body = ErrorBody),
-        (status = 409, description = "It neither runs nor is paused", body = ErrorBody),
+        (status = 409, description = "It neither runs nor is paused, a name is taken, or the key was used for another request", body = ErrorBody),
         (status = 503, description = "No room", body = ErrorBody),
     )
 )]
@@ -181,7 +181,8 @@ pub(super) async fn fork(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-    Json(body, _): Json<ForkBody>,
+    headers: HeaderMap,
+    Json(body, hash): Json<ForkBody>,
 ) -> Result<Response, ApiError> {
     let count = match body.count.unwrap_or(1) {
         count @ 1..=MAX_CHILDREN => count,
@@ -192,7 +193,13 @@ pub(super) async fn fork(
             .into());
         }
     };
-    let (children, phases) = app.fork(principal.team, id, count, None).await?;
+    let fork = Fork {
+        count,
+        name: body.name,
+        secs: None,
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let (children, phases) = app.fork(principal.team, id, fork).await?;
     let child = |child: Result<_, Failure>| match child {
         Ok((sandbox, certificate)) => ChildBody::Born(Box::new(RestoredBody {
             sandbox: SandboxBody::from(sandbox),
@@ -242,7 +249,11 @@ impl From<SnapshotRow> for CheckpointBody {
 #[utoipa::path(
     post, path = "/v1/sandboxes/{id}/checkpoints", tag = "snapshots",
     request_body = CheckpointRequest,
-    params(("id" = String, Path, description = "`sb-…`")),
+    params(
+        ("id" = String, Path, description = "`sb-…`"),
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "The same key and body within 24 hours take one checkpoint"),
+    ),
     responses(
         (status = 201, description = "It is taken", body = CheckpointBody),
         (status = 400, description = "Malformed", body = ErrorBody),
@@ -255,11 +266,16 @@ pub(super) async fn checkpoint(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-    Json(body, _): Json<CheckpointRequest>,
+    headers: HeaderMap,
+    Json(body, hash): Json<CheckpointRequest>,
 ) -> Result<Response, ApiError> {
-    let kind = SnapshotKind::Checkpoint;
-    let taken = app.take_snapshot(principal.team, id, kind, body.name, false);
-    let (row, phases) = taken.await?;
+    let take = Take {
+        kind: SnapshotKind::Checkpoint,
+        name: body.name,
+        overwrite: false,
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let (row, phases) = app.take_snapshot(principal.team, id, take).await?;
     let body = CheckpointBody::from(row);
     Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
@@ -402,7 +418,11 @@ impl From<ListedTemplate> for SnapshotBody {
 /// is.
 #[utoipa::path(
     post, path = "/v1/snapshots", tag = "snapshots", request_body = SnapshotRequest,
-    params(("overwrite" = Option<bool>, Query, description = "Take the name from the template that has it")),
+    params(
+        ("overwrite" = Option<bool>, Query, description = "Take the name from the template that has it"),
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "The same key and body within 24 hours make one template"),
+    ),
     responses(
         (status = 201, description = "It can be started from", body = SnapshotBody),
         (status = 400, description = "Malformed", body = ErrorBody),
@@ -415,7 +435,8 @@ pub(super) async fn create(
     State(app): State<Arc<App>>,
     principal: Principal,
     query: Query,
-    Json(body, _): Json<SnapshotRequest>,
+    headers: HeaderMap,
+    Json(body, hash): Json<SnapshotRequest>,
 ) -> Result<Response, ApiError> {
     query.only(&["overwrite"], None)?;
     let overwrite = match query.get("overwrite") {
@@ -425,9 +446,13 @@ pub(super) async fn create(
     };
     let parsed = body.sandbox_id.parse();
     let id = parsed.map_err(|e: wrenn_types::IdError| Failure::invalid(e.to_string()))?;
-    let kind = SnapshotKind::Template;
-    let taken = app.take_snapshot(principal.team, id, kind, body.name, overwrite);
-    let (row, phases) = taken.await?;
+    let take = Take {
+        kind: SnapshotKind::Template,
+        name: body.name,
+        overwrite,
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let (row, phases) = app.take_snapshot(principal.team, id, take).await?;
     let body = SnapshotBody::from(row);
     Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
