@@ -591,7 +591,7 @@ async fn g10_a_key_whose_request_died_with_the_server_is_free_again() {
         // While it is under way a repetition is told so.
         let (code, answer) = keyed(&doomed.bed, "/v1/snapshots", "once", &body).await;
         assert_eq!((code, &answer["error"]["code"]), (409, &json!("conflict")));
-        let bed = doomed.killed().await;
+        let bed = doomed.killed(None).await;
         asked.abort();
         bed.control.reconcile().await.unwrap();
         let (code, answer) = keyed(&bed, "/v1/snapshots", "once", &body).await;

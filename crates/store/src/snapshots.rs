@@ -1,5 +1,7 @@
 //! Snapshots that were asked for by name: templates of a team, checkpoints of a sandbox.
 
+use std::collections::BTreeSet;
+
 use sqlx::sqlite::SqliteRow;
 use uuid::Uuid;
 use wrenn_types::{MemoryMib, SandboxId, Shape, TeamId, Vcpus};
@@ -345,6 +347,15 @@ impl Store {
             Ok((row.uuid("id")?, host))
         };
         rows.iter().map(columns).collect()
+    }
+
+    /// What the host calls the snapshots that any row names, also one that is deleted here.
+    pub async fn named_snapshots(&self) -> Result<BTreeSet<String>, StoreError> {
+        let names: Vec<String> = sqlx::query_scalar("SELECT host_snapshot FROM snapshots")
+            .fetch_all(self.reader())
+            .await
+            .map_err(StoreError::doing("listing snapshots"))?;
+        Ok(names.into_iter().collect())
     }
 
     /// Forgets a deleted snapshot, which the host does not keep any more.

@@ -32,9 +32,23 @@ impl Client {
         id: &str,
         count: u32,
     ) -> Result<(Vec<Value>, Vec<(String, Duration)>), ClientError> {
+        self.fork_as(id, count, None).await
+    }
+
+    /// The same, with a name for the child, or with numbers for each of several.
+    pub(crate) async fn fork_as(
+        &self,
+        id: &str,
+        count: u32,
+        name: Option<&str>,
+    ) -> Result<(Vec<Value>, Vec<(String, Duration)>), ClientError> {
         let segments = ["v1", "sandboxes", id, "fork"];
-        let request = self.request(Method::POST, &segments);
-        let answer = self.send(request.json(&json!({ "count": count }))).await?;
+        let mut body = json!({ "count": count });
+        if let Some(name) = name {
+            body["name"] = name.into();
+        }
+        let request = self.request(Method::POST, &segments).json(&body);
+        let answer = self.send(request).await?;
         let phases = phases(&answer);
         Ok((list(self.read_json(answer).await?), phases))
     }

@@ -17,6 +17,11 @@ use super::{App, Code, Failure, Phase};
 
 /// Letting go of a snapshot.
 const DELETE_WITHIN: Duration = Duration::from_secs(30);
+/// How long the reconciler waits for snapshots that are being taken. Those that come next wait
+/// with it.
+const TIDY_WAITS: Duration = Duration::from_secs(2);
+/// Seconds that a snapshot which no row names is kept.
+const STRAY_FOR: i64 = 10 * 60;
 /// The longest name.
 pub(super) const MAX_NAME: usize = 100;
 
@@ -266,13 +271,17 @@ impl App {
     /// Tells the host of snapshots that were deleted here. What cannot be told now the
     /// reconciler tells later.
     pub(crate) async fn forget_deleted_snapshots(&self) {
+        // Another snapshot that is being taken is not waited for.
+        let Ok(_alone) = self.kept.try_write() else {
+            return;
+        };
         if let Err(error) = self.try_forget_deleted_snapshots().await {
             tracing::warn!(error = %error, "the host was not told of deleted snapshots yet");
         }
     }
 
+    /// While no snapshot is being taken.
     async fn try_forget_deleted_snapshots(&self) -> Result<(), Failure> {
-        let _alone = self.kept.write().await;
         let mut outcome = Ok(());
         for (id, host_snapshot) in self.store.deleted_snapshots().await? {
             let told = match host_snapshot {
@@ -304,12 +313,56 @@ impl App {
         }
     }
 
-    /// Deletes what belonged to sandboxes that have ended; for the reconciler.
-    pub(crate) async fn tidy_snapshots(&self) -> Result<(), Failure> {
+    /// Deletes what belonged to sandboxes that have ended and, with `strays`, what no row
+    /// names; for the reconciler. `false` when snapshots are being taken, which it does not
+    /// wait for long.
+    pub(crate) async fn tidy_snapshots(&self, strays: bool) -> Result<bool, Failure> {
         self.store
             .delete_orphaned_checkpoints(Timestamp::now())
             .await?;
-        self.try_forget_deleted_snapshots().await
+        let Ok(_alone) = tokio::time::timeout(TIDY_WAITS, self.kept.write()).await else {
+            return Ok(false);
+        };
+        let forgotten = self.try_forget_deleted_snapshots().await;
+        if strays {
+            self.delete_strays().await?;
+        }
+        forgotten.map(|()| true)
+    }
+
+    /// Deletes snapshots that the host keeps and no row names. This server was ended, or gave
+    /// up waiting, while the host took them: whoever asked was told of a failure or nothing at
+    /// all, and its Idempotency-Key is free again. They get [`STRAY_FOR`] of grace. Those of
+    /// sandboxes that are in no database are not ours to delete: it may have been lost.
+    async fn delete_strays(&self) -> Result<(), Failure> {
+        let request = wire::ListSnapshotsRequest::default();
+        let reply = self
+            .host
+            .list_snapshots_with_options(request, options(DELETE_WITHIN))
+            .await?;
+        let named = self.store.named_snapshots().await?;
+        let old = Timestamp::now().plus_secs(-STRAY_FOR);
+        for kept in reply.into_owned().snapshots {
+            let id = kept.snapshot_id;
+            if named.contains(&id) || kept.created_at_unix_ms > old.unix_ms() {
+                continue;
+            }
+            let of = match kept.sandbox_id.parse::<SandboxId>() {
+                Ok(of) => self.store.any_sandbox(of).await?,
+                Err(_) => None,
+            };
+            if of.is_none() {
+                tracing::warn!(snapshot = %id, sandbox = %kept.sandbox_id,
+                    "the host keeps a snapshot of a sandbox that is in no database");
+                continue;
+            }
+            tracing::info!(snapshot = %id, sandbox = %kept.sandbox_id,
+                "the host keeps a snapshot that nobody was told of: deleting it");
+            if let Err(error) = self.delete_on_host(id).await {
+                tracing::warn!(%error, "it could not be deleted yet");
+            }
+        }
+        Ok(())
     }
 }
 

@@ -107,8 +107,8 @@ impl Doomed {
     }
 
     /// Kills it and starts another on the same folder and the same host, which has no fault any
-    /// more. Its rounds have not begun.
-    pub async fn killed(self) -> Bed {
+    /// more, or this one for all requests.
+    pub async fn killed(self, host: Option<Fault>) -> Bed {
         let (dir, sim) = (Arc::clone(&self.bed.dir), Arc::clone(&self.bed.sim));
         let killing = std::thread::spawn(move || {
             self.runtime.shutdown_timeout(Duration::from_secs(10));
@@ -116,6 +116,7 @@ impl Doomed {
         });
         killing.join().unwrap();
         sim.faults.lock().unwrap().clear();
+        sim.fault("*", host);
         bed_in(dir, sim).await
     }
 }

@@ -495,6 +495,7 @@ impl HostService for Service {
             memory_mib: sandbox.memory_mib,
             disk_mib: sandbox.disk_mib,
             envd_version: sandbox.envd_version,
+            created_at_unix_ms: now_ms(),
             ..Default::default()
         };
         self.0
