@@ -161,6 +161,59 @@ async fn lists_have_pages_in_both_orders() {
 }
 
 #[tokio::test]
+async fn what_was_moved_says_where_the_time_went() {
+    let bed = bed().await;
+    let body = json!({"templateID": "base", "timeout": 60});
+    let (_, made) = bed.call("POST", "/v2/sandboxes", Some(body)).await;
+    let id = made["sandboxID"].as_str().unwrap();
+    let pause = json!({"memory": true, "requireHealthyGuest": true});
+    for (verb, body, status, phase) in [
+        ("snapshots", json!({}), 201, "frozen;dur=2.500"),
+        ("fork", json!({}), 201, "frozen;dur=2.500"),
+        ("pause", pause, 204, "frozen;dur=2.500"),
+        (
+            "resume",
+            json!({"autoPause": false}),
+            201,
+            "verify;dur=2.500",
+        ),
+        ("pause", json!({}), 204, "frozen;dur=2.500"),
+        ("connect", json!({"timeout": 60}), 201, "verify;dur=2.500"),
+    ] {
+        let path = format!("/sandboxes/{id}/{verb}");
+        let reply = bed.request("POST", &path).json(&body).send().await.unwrap();
+        assert_eq!(reply.status(), status, "{verb}");
+        assert_eq!(reply.headers()["server-timing"], phase, "{verb}");
+    }
+}
+
+#[tokio::test]
+async fn a_resume_keeps_what_becomes_of_it_at_its_end() {
+    let bed = bed().await;
+    for (created, asked, status) in [
+        (false, json!(true), 400),
+        (false, json!(false), 201),
+        (true, json!(true), 201),
+        (true, json!(null), 201),
+    ] {
+        let body = json!({"templateID": "base", "timeout": 60, "autoPause": created});
+        let (_, made) = bed.call("POST", "/v2/sandboxes", Some(body)).await;
+        let path = format!("/sandboxes/{}", made["sandboxID"].as_str().unwrap());
+        let pause = format!("{path}/pause");
+        assert_eq!(bed.call("POST", &pause, None).await.0, 204);
+        let resume = json!({"timeout": 60, "autoPause": asked});
+        let resumed = format!("{path}/resume");
+        let (code, answer) = bed.call("POST", &resumed, Some(resume)).await;
+        assert_eq!(code, status, "{created} {asked}: {answer}");
+        let (_, seen) = bed.call("GET", &path, None).await;
+        let at_end = if created { "pause" } else { "kill" };
+        assert_eq!(seen["lifecycle"]["onTimeout"], at_end);
+        let state = if status == 201 { "running" } else { "paused" };
+        assert_eq!(seen["state"], state);
+    }
+}
+
+#[tokio::test]
 async fn clients_that_connect_at_the_same_time_never_shorten() {
     let bed = bed().await;
     let body = json!({"templateID": "base", "timeout": 30});

@@ -72,6 +72,14 @@ pub struct Sim {
     pub delay: Mutex<Duration>,
 }
 
+fn took(name: &str) -> Vec<Phase> {
+    vec![Phase {
+        name: name.into(),
+        micros: 2500,
+        ..Default::default()
+    }]
+}
+
 /// What the trait asks for as an `Arc`.
 pub struct Service(pub Arc<Sim>);
 
@@ -440,6 +448,7 @@ impl HostService for Service {
         Response::ok(PauseSandboxResponse {
             sandbox: sandbox.into(),
             paused_now: true,
+            phases: took("frozen"),
             ..Default::default()
         })
     }
@@ -470,6 +479,7 @@ impl HostService for Service {
             certificate: RestoreCertificate {
                 generation: sandbox.generation,
                 entropy_reseeded: true,
+                phases: took("verify"),
                 ..Default::default()
             }
             .into(),
@@ -506,6 +516,7 @@ impl HostService for Service {
         self.0.end_of("snapshot").await;
         Response::ok(CreateSnapshotResponse {
             snapshot: snapshot.into(),
+            phases: took("frozen"),
             ..Default::default()
         })
     }
@@ -571,6 +582,7 @@ impl HostService for Service {
         self.0.end_of("fork").await;
         Response::ok(ForkSandboxResponse {
             children,
+            phases: took("frozen"),
             ..Default::default()
         })
     }

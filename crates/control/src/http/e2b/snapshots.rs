@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -21,17 +21,21 @@ use crate::auth::Principal;
 use crate::http::error::E2bError;
 use crate::http::extract::{Query, idempotency_key};
 use crate::http::page::{self, Asked};
-use crate::http::timing::with_timing;
+use crate::http::timing::{timed, with_timing};
 
 /// Most children of one fork.
 const MAX_CHILDREN: i64 = 100;
 
 /// How to pause.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 #[schema(as = E2bPause)]
 pub(crate) struct Pause {
     /// Only `true` is offered.
     memory: Option<bool>,
+    /// Always so: a guest that does not answer cannot be paused, and the sandbox runs on.
+    #[allow(dead_code, reason = "either value asks for what is done anyway")]
+    require_healthy_guest: Option<bool>,
 }
 
 /// Pause a sandbox
@@ -51,19 +55,23 @@ pub(super) async fn pause(
     principal: Principal,
     Id(id): Id,
     Body(body, _): Body<Pause>,
-) -> Result<StatusCode, E2bError> {
+) -> Result<Response, E2bError> {
     keeps_memory(body.memory)?;
     let paused = app.pause(principal.team, id).await;
-    paused.map_err(|e| as_conflict(id, e))?;
-    Ok(StatusCode::NO_CONTENT)
+    let moved = paused.map_err(|e| as_conflict(id, e))?;
+    Ok(timed(StatusCode::NO_CONTENT.into_response(), &moved.phases))
 }
 
 /// How to resume.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 #[schema(as = E2bResume)]
 pub(crate) struct Resume {
     /// Seconds from now until it ends.
     timeout: Option<i64>,
+    /// When its time is over it is paused, not ended: as was said when it was created. `true`
+    /// is refused where that was not said; `false` keeps it as it is, and nothing is lost.
+    auto_pause: Option<bool>,
 }
 
 /// Resume a sandbox
@@ -87,7 +95,12 @@ pub(super) async fn resume(
     let secs = seconds(body.timeout.unwrap_or(DEFAULT_TIMEOUT_V1), 1)?;
     // Asked first, for it would live longer by being resumed again.
     let known = app.get(principal.team, id).await;
-    let running = known.map_err(|e| as_missing(id, e))?.row.state == SandboxState::Running;
+    let known = known.map_err(|e| as_missing(id, e))?.row;
+    if body.auto_pause == Some(true) && !known.pause_at_end {
+        let message = "not offered by this server: autoPause of a sandbox that was created without";
+        return Err(Failure::invalid(message).into());
+    }
+    let running = known.state == SandboxState::Running;
     let moved = match running {
         true => None,
         false => Some(app.resume(principal.team, id, Some(secs)).await),
