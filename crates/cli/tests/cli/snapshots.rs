@@ -90,11 +90,7 @@ fn checkpoints_are_taken_listed_and_gone_back_to() {
     let rows: Vec<_> = list.text().lines().collect();
     assert_eq!(rows.len(), 4, "all pages and a head: {}", list.text());
     assert!(rows[0].starts_with("NAME") && rows[3].starts_with("a "));
-    assert!(
-        rows[1].contains("3.0 MiB") || rows[1].contains("3 MiB"),
-        "{}",
-        rows[1]
-    );
+    assert!(rows[1].contains("3.00 MiB"), "{}", rows[1]);
     let list = run(&fake, &["sandbox", "checkpoints", "00aa", "--json"]).json();
     let names: Vec<_> = list
         .as_array()
