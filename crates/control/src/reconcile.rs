@@ -34,14 +34,19 @@ pub(crate) fn judge(row: SandboxState, busy: bool, host: Option<&HostSandbox>) -
     }
     let Some(host) = host else {
         return match row {
-            // What is saved needs no host that runs it.
+            // What is saved needs no host that runs it (G4).
             S::Paused => Verdict::Keep,
+            // It was saved before, and is so still.
+            S::Resuming => Verdict::Become(
+                S::Paused,
+                Some("it was not resumed: the server was ended meanwhile".to_owned()),
+            ),
             S::Stopping => Verdict::Become(S::Stopped, None),
             S::Pending | S::Starting => Verdict::Become(
                 S::Error,
                 Some("the server was ended while this sandbox started".to_owned()),
             ),
-            S::Running | S::Pausing | S::Snapshotting | S::Resuming | S::Missing => {
+            S::Running | S::Pausing | S::Snapshotting | S::Missing => {
                 Verdict::Become(S::Stopped, Some("its host no longer has it".to_owned()))
             }
             S::Stopped | S::Error => Verdict::Keep,
@@ -59,10 +64,31 @@ pub(crate) fn judge(row: SandboxState, busy: bool, host: Option<&HostSandbox>) -
     }
 }
 
+/// What a row becomes when its host has been away for long; `None`: it stays. Whatever it is
+/// meanwhile, the first round after the host's return finds out.
+pub(crate) fn while_away(row: SandboxState, busy: bool) -> Option<(SandboxState, &'static str)> {
+    use SandboxState as S;
+    match row {
+        S::Running => Some((S::Missing, "its host does not answer")),
+        _ if busy => None,
+        // It ran when whoever was at work died.
+        S::Pausing | S::Snapshotting => Some((S::Missing, "its host does not answer")),
+        // It is saved at any rate (G4).
+        S::Resuming => Some((S::Paused, "its host does not answer")),
+        S::Pending | S::Starting | S::Stopping => None,
+        S::Paused | S::Missing | S::Stopped | S::Error => None,
+    }
+}
+
+/// How often to look for snapshots that the host keeps and nobody knows. They come about when
+/// this server dies, so the first round looks, and then there is no hurry.
+const STRAYS_EVERY: Duration = Duration::from_secs(60);
+
 /// Remembers between rounds since when the host has been away.
 #[derive(Default)]
 pub(crate) struct Reconciler {
     away_since: Option<Instant>,
+    strays_at: Option<Instant>,
 }
 
 impl Reconciler {
@@ -76,9 +102,11 @@ impl Reconciler {
             Err(e) => {
                 let since = *self.away_since.get_or_insert_with(Instant::now);
                 if since.elapsed() >= AWAY_AFTER {
-                    for row in rows.iter().filter(|r| r.state == SandboxState::Running) {
-                        let reason = Some("its host does not answer".to_owned());
-                        app.settle(row, SandboxState::Missing, reason, None).await?;
+                    for row in &rows {
+                        let busy = app.busy.is_claimed(row.id);
+                        if let Some((state, why)) = while_away(row.state, busy) {
+                            app.settle(row, state, Some(why.to_owned()), None).await?;
+                        }
                     }
                 }
                 return Err(e);
@@ -125,7 +153,12 @@ impl Reconciler {
         app.store.expire_idempotency(Timestamp::now()).await?;
         let keep_from = Timestamp::now().plus_secs(-EVENTS_KEEP_SECS);
         app.store.expire_events(keep_from).await?;
-        app.tidy_snapshots().await?;
+        let strays = self
+            .strays_at
+            .is_none_or(|last| last.elapsed() >= STRAYS_EVERY);
+        if app.tidy_snapshots(strays).await? && strays {
+            self.strays_at = Some(Instant::now());
+        }
         Ok(())
     }
 }
@@ -154,6 +187,24 @@ mod tests {
     fn g4_a_paused_sandbox_stays_paused_whatever_the_host_lists() {
         assert_eq!(judge(SandboxState::Paused, false, None), Verdict::Keep);
         assert_eq!(judge(SandboxState::Paused, true, None), Verdict::Keep);
+    }
+
+    #[test]
+    fn g4_what_was_to_be_resumed_is_paused_where_nothing_runs() {
+        let paused = |verdict| matches!(verdict, Verdict::Become(SandboxState::Paused, _));
+        assert!(paused(judge(SandboxState::Resuming, false, None)));
+        let kept = host(SandboxState::Paused);
+        assert!(paused(judge(SandboxState::Resuming, false, Some(&kept))));
+        assert!(paused(judge(SandboxState::Pausing, false, Some(&kept))));
+        assert!(paused(judge(SandboxState::Missing, false, Some(&kept))));
+        for row in SandboxState::ALL {
+            let away = while_away(*row, false).map(|(state, _)| state);
+            assert!(!away.is_some_and(SandboxState::is_final), "{row}");
+        }
+        assert_eq!(while_away(SandboxState::Paused, false), None);
+        let resuming = while_away(SandboxState::Resuming, false);
+        assert_eq!(resuming.unwrap().0, SandboxState::Paused);
+        assert_eq!(while_away(SandboxState::Resuming, true), None);
     }
 
     #[test]

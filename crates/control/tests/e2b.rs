@@ -126,6 +126,125 @@ async fn a_sandbox_lives_by_the_e2b_routes() {
 }
 
 #[tokio::test]
+async fn lists_have_pages_in_both_orders() {
+    let bed = bed().await;
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        ids.push(bed.create().await);
+    }
+    for limit in [1, 2, 5, 100] {
+        for order in ["asc", "desc"] {
+            let path = format!("/v2/sandboxes?order={order}&limit={limit}");
+            let mut seen: Vec<String> = bed
+                .pages(&path, "nextToken")
+                .await
+                .iter()
+                .map(|one| one["sandboxID"].as_str().unwrap().to_owned())
+                .collect();
+            if order == "desc" {
+                seen.reverse();
+            }
+            assert_eq!(seen, ids, "{path}");
+        }
+    }
+    let reply = bed
+        .request("GET", "/v2/sandboxes?limit=2")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(reply.headers()["x-total-running"], "5");
+    for query in ["nextToken=x", "limit=0", "limit=101"] {
+        let path = format!("/v2/sandboxes?{query}");
+        let (status, answer) = bed.call("GET", &path, None).await;
+        assert_eq!((status, &answer["code"]), (400, &json!(400)), "{query}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_moved_says_where_the_time_went() {
+    let bed = bed().await;
+    let body = json!({"templateID": "base", "timeout": 60});
+    let (_, made) = bed.call("POST", "/v2/sandboxes", Some(body)).await;
+    let id = made["sandboxID"].as_str().unwrap();
+    let pause = json!({"memory": true, "requireHealthyGuest": true});
+    for (verb, body, status, phase) in [
+        ("snapshots", json!({}), 201, "frozen;dur=2.500"),
+        ("fork", json!({}), 201, "frozen;dur=2.500"),
+        ("pause", pause, 204, "frozen;dur=2.500"),
+        (
+            "resume",
+            json!({"autoPause": false}),
+            201,
+            "verify;dur=2.500",
+        ),
+        ("pause", json!({}), 204, "frozen;dur=2.500"),
+        ("connect", json!({"timeout": 60}), 201, "verify;dur=2.500"),
+    ] {
+        let path = format!("/sandboxes/{id}/{verb}");
+        let reply = bed.request("POST", &path).json(&body).send().await.unwrap();
+        assert_eq!(reply.status(), status, "{verb}");
+        assert_eq!(reply.headers()["server-timing"], phase, "{verb}");
+    }
+}
+
+#[tokio::test]
+async fn a_resume_keeps_what_becomes_of_it_at_its_end() {
+    let bed = bed().await;
+    for (created, asked, status) in [
+        (false, json!(true), 400),
+        (false, json!(false), 201),
+        (true, json!(true), 201),
+        (true, json!(null), 201),
+    ] {
+        let body = json!({"templateID": "base", "timeout": 60, "autoPause": created});
+        let (_, made) = bed.call("POST", "/v2/sandboxes", Some(body)).await;
+        let path = format!("/sandboxes/{}", made["sandboxID"].as_str().unwrap());
+        let pause = format!("{path}/pause");
+        assert_eq!(bed.call("POST", &pause, None).await.0, 204);
+        let resume = json!({"timeout": 60, "autoPause": asked});
+        let resumed = format!("{path}/resume");
+        let (code, answer) = bed.call("POST", &resumed, Some(resume)).await;
+        assert_eq!(code, status, "{created} {asked}: {answer}");
+        let (_, seen) = bed.call("GET", &path, None).await;
+        let at_end = if created { "pause" } else { "kill" };
+        assert_eq!(seen["lifecycle"]["onTimeout"], at_end);
+        let state = if status == 201 { "running" } else { "paused" };
+        assert_eq!(seen["state"], state);
+    }
+}
+
+#[tokio::test]
+async fn clients_that_connect_at_the_same_time_never_shorten() {
+    let bed = bed().await;
+    let body = json!({"templateID": "base", "timeout": 30});
+    let (_, made) = bed.call("POST", "/v2/sandboxes", Some(body)).await;
+    let id = made["sandboxID"].as_str().unwrap();
+    let path = format!("/v2/sandboxes/{id}/connect");
+    let begun = now_ms();
+    // The host is slow, so that all of them read the end that was before.
+    bed.sim.slow_to_answer("lifetime", 20);
+    let connects = (1..=16u64).map(|n| {
+        // The longest in the middle.
+        let timeout = if n == 8 { 5000 } else { 100 * n };
+        bed.call("POST", &path, Some(json!({ "timeout": timeout })))
+    });
+    for (status, body) in futures::future::join_all(connects).await {
+        assert_eq!(status, 200, "{body}");
+    }
+    let host = bed.sim.sandboxes.lock().unwrap()[id]
+        .lifetime
+        .end_at_unix_ms;
+    assert!(host - begun >= 5_000_000, "{}", host - begun);
+    let (_, seen) = bed.call("GET", &format!("/v1/sandboxes/{id}"), None).await;
+    let told = wrenn_store::Timestamp::from_unix_ms(host).to_string();
+    assert_eq!(
+        seen["end_at"],
+        told.as_str(),
+        "the row says what the host does"
+    );
+}
+
+#[tokio::test]
 async fn what_is_not_offered_is_refused_by_name() {
     let bed = bed().await;
     for (body, word) in [

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
-use support::{Bed, bed, bed_in, now_ms};
+use support::{Bed, bed, now_ms};
 use wrenn_wire::wrenn::host::v1::{DeathCertificate, MetricPoint};
 
 async fn get(bed: &Bed, path: &str) -> Value {
@@ -80,10 +80,9 @@ async fn g03_a_control_plane_that_was_away_misses_nothing_and_stores_nothing_twi
     assert_eq!(first.sim.acknowledged.load(Ordering::SeqCst), 1);
     // It goes away; meanwhile things happen.
     let sim = Arc::clone(&first.sim);
-    let dir = first.end().await;
     sim.happened(&id, "paused", "clock", None);
     sim.happened(&id, "resumed", "traffic", None);
-    let second = bed_in(dir, Arc::clone(&sim)).await;
+    let second = first.restarted().await;
     for _ in 0..3 {
         second.control.follow_events().await.unwrap();
     }

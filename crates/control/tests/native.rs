@@ -276,12 +276,10 @@ async fn g10_the_same_idempotency_key_makes_one_sandbox() {
 async fn g1_a_client_that_hangs_up_interrupts_nothing() {
     let bed = bed().await;
     *bed.sim.delay.lock().unwrap() = Duration::from_millis(200);
-    let send = bed.request("POST", "/v1/sandboxes").send();
-    assert!(
-        tokio::time::timeout(Duration::from_millis(50), send)
-            .await
-            .is_err()
-    );
+    let client = tokio::spawn(bed.request("POST", "/v1/sandboxes").send());
+    bed.sim.until_begun("create").await;
+    client.abort();
+    assert!(client.await.unwrap_err().is_cancelled());
     for _ in 0..50 {
         let (_, list) = bed.call("GET", "/v1/sandboxes?state=running", None).await;
         if list.as_array().unwrap().len() == 1 {

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::{Bed, bed};
+use support::{Bed, Doomed, Fault, bed};
 
 async fn post(bed: &Bed, path: &str, body: Value) -> (u16, Value) {
     bed.call("POST", path, Some(body)).await
@@ -276,8 +276,8 @@ async fn a_snapshot_is_a_template_of_a_fixed_shape() {
     assert_eq!(code, 201);
     let kept: Vec<String> = bed.sim.snapshots.lock().unwrap().keys().cloned().collect();
     assert!(kept.len() == 1 && kept[0] != asked.snapshot_id, "{kept:?}");
-    let (_, list) = bed.call("GET", "/v1/snapshots", None).await;
-    assert_eq!(list.as_array().unwrap().len(), 1);
+    let list = bed.pages("/v1/snapshots?type=snapshot", "cursor").await;
+    assert_eq!(list.len(), 1);
     assert_eq!(bed.call("DELETE", "/v1/snapshots/mine", None).await.0, 204);
     bed.refused("DELETE", "/v1/snapshots/mine", None, 404).await;
     assert_eq!(bed.sim.snapshots.lock().unwrap().len(), 0);
@@ -360,4 +360,241 @@ async fn e2bs_clients_get_their_own_codes() {
         .0,
         404
     );
+}
+
+/// The host may know better than the row in what state a sandbox is.
+#[tokio::test]
+async fn g5_a_refusal_by_the_host_has_the_state_too() {
+    let bed = bed().await;
+    let (running, paused) = (bed.create().await, bed.create().await);
+    let path = |id: &str, verb: &str| format!("/v1/sandboxes/{id}/{verb}");
+    let point = json!({"name": "point"});
+    for id in [&running, &paused] {
+        let taken = post(&bed, &path(id, "checkpoints"), point.clone()).await;
+        assert_eq!(taken.0, 201);
+    }
+    post(&bed, &path(&paused, "pause"), json!({})).await;
+    let snapshot = |id: &str| json!({"sandbox_id": id, "name": "mine"});
+    let back = json!({"checkpoint": "point"});
+    let snapshots = || "/v1/snapshots".to_owned();
+    let none = json!({});
+    for (request, path, body, state) in [
+        ("pause", path(&running, "pause"), none.clone(), "running"),
+        ("fork", path(&running, "fork"), none.clone(), "running"),
+        (
+            "rollback",
+            path(&running, "rollback"),
+            back.clone(),
+            "running",
+        ),
+        ("snapshot", snapshots(), snapshot(&running), "running"),
+        ("lifetime", path(&running, "ping"), none.clone(), "running"),
+        (
+            "exec",
+            path(&running, "exec"),
+            json!({"cmd": "echo"}),
+            "running",
+        ),
+        ("resume", path(&paused, "resume"), none.clone(), "paused"),
+        ("fork", path(&paused, "fork"), none.clone(), "paused"),
+        ("rollback", path(&paused, "rollback"), back, "paused"),
+        ("snapshot", snapshots(), snapshot(&paused), "paused"),
+    ] {
+        bed.sim.fault(request, Some(Fault::Unwilling));
+        let refused = bed.refused("POST", &path, Some(body), 409).await;
+        bed.sim.fault(request, None);
+        assert_eq!(refused["code"], "invalid_state", "{request}: {refused}");
+        assert_eq!(refused["state"], state, "{request}: {refused}");
+    }
+    bed.sim.fault("destroy", Some(Fault::Unwilling));
+    let path = format!("/v1/sandboxes/{running}");
+    let refused = bed.refused("DELETE", &path, None, 409).await;
+    assert_eq!(refused["state"], "stopping", "{refused}");
+}
+
+fn names(list: &[Value]) -> Vec<&str> {
+    list.iter()
+        .map(|one| one["name"].as_str().unwrap())
+        .collect()
+}
+
+#[tokio::test]
+async fn snapshots_checkpoints_and_templates_have_pages() {
+    let bed = bed().await;
+    let id = bed.create().await;
+    let points = format!("/v1/sandboxes/{id}/checkpoints");
+    for name in ["a", "b", "c", "d", "e"] {
+        let body = json!({"sandbox_id": id, "name": name});
+        assert_eq!(post(&bed, "/v1/snapshots", body).await.0, 201);
+        assert_eq!(post(&bed, &points, json!({ "name": name })).await.0, 201);
+    }
+    let newest = ["e", "d", "c", "b", "a"];
+    for limit in [1, 2, 5, 6] {
+        let path = format!("{points}?limit={limit}");
+        assert_eq!(names(&bed.pages(&path, "cursor").await), newest);
+        let path = format!("/v1/snapshots?type=snapshot&limit={limit}");
+        assert_eq!(names(&bed.pages(&path, "cursor").await), newest);
+        // Of no type: all there is to start from, the images last.
+        let path = format!("/v1/snapshots?limit={limit}");
+        let all = bed.pages(&path, "cursor").await;
+        assert_eq!(names(&all)[..5], newest);
+        assert_eq!(names(&all)[5..], ["minimal", "other"], "{limit}");
+        let path = format!("/snapshots?sandboxID={id}&limit={limit}");
+        let listed = bed.pages(&path, "nextToken").await;
+        let ids: Vec<_> = listed.iter().map(|one| &one["snapshotID"]).collect();
+        assert_eq!(ids, newest);
+    }
+    let base = bed.pages("/v1/snapshots?type=base&limit=1", "cursor").await;
+    let other = json!({"name": "other", "type": "base", "vcpus": 2, "memory_mb": 1024,
+        "platform": true, "protected": true});
+    assert_eq!((base.len(), &base[1]), (2, &other));
+    for query in ["limit=0", "limit=1001", "cursor=x", "cursr=1"] {
+        for path in [&points, "/v1/snapshots"] {
+            bed.refused("GET", &format!("{path}?{query}"), None, 400)
+                .await;
+        }
+    }
+    bed.refused("GET", "/v1/snapshots?type=all", None, 400)
+        .await;
+}
+
+#[tokio::test]
+async fn children_have_the_name_that_was_asked_for() {
+    let bed = bed().await;
+    let id = bed.create().await;
+    let path = format!("/v1/sandboxes/{id}/fork");
+    let (code, one) = post(&bed, &path, json!({"name": "try"})).await;
+    assert_eq!((code, &one[0]["name"]), (201, &json!("try")), "{one}");
+    let (_, several) = post(&bed, &path, json!({"name": "try", "count": 2})).await;
+    assert_eq!(names(several.as_array().unwrap()), ["try-1", "try-2"]);
+    // One name that is taken is none of them.
+    let before = bed.sim.sandboxes.lock().unwrap().len();
+    let body = json!({"name": "try", "count": 3});
+    let taken = bed.refused("POST", &path, Some(body), 409).await;
+    assert!(
+        taken["message"].as_str().unwrap().contains("`try-1`"),
+        "{taken}"
+    );
+    assert_eq!(bed.sim.sandboxes.lock().unwrap().len(), before);
+    assert_eq!(status(&bed, &id).await, "running");
+    let odd = json!({"name": "../x"});
+    bed.refused("POST", &path, Some(odd), 400).await;
+    // The name is free again when its sandbox has ended.
+    let child = format!("/v1/sandboxes/{}", one[0]["id"].as_str().unwrap());
+    assert_eq!(bed.call("DELETE", &child, None).await.0, 204);
+    assert_eq!(post(&bed, &path, json!({"name": "try"})).await.0, 201);
+}
+
+async fn keyed(bed: &Bed, path: &str, key: &str, body: &Value) -> (u16, Value) {
+    let request = bed.request("POST", path).header("Idempotency-Key", key);
+    let reply = request.json(body).send().await.unwrap();
+    (reply.status().as_u16(), reply.json().await.unwrap())
+}
+
+#[tokio::test]
+async fn g10_the_same_key_forks_and_saves_once_also_after_a_restart() {
+    let mut bed = bed().await;
+    let id = bed.create().await;
+    let path = |verb: &str| format!("/v1/sandboxes/{id}/{verb}");
+    let e2b = |verb: &str| format!("/sandboxes/{id}/{verb}");
+    let requests = [
+        (path("fork"), json!({"count": 3, "name": "child"})),
+        (path("checkpoints"), json!({})),
+        (
+            "/v1/snapshots".to_owned(),
+            json!({"sandbox_id": id, "name": "mine"}),
+        ),
+        (e2b("fork"), json!({"count": 2, "timeout": 60})),
+        (e2b("snapshots"), json!({})),
+    ];
+    let counts = |bed: &Bed| {
+        let sim = &bed.sim;
+        let sandboxes = sim.sandboxes.lock().unwrap().len();
+        (sandboxes, sim.snapshots.lock().unwrap().len())
+    };
+    let what = |answer: &Value| {
+        let mut answer = answer.clone();
+        for one in answer.as_array_mut().into_iter().flatten() {
+            // Only the first answer can tell how it was restored, and since when it is used.
+            let Some(one) = one.as_object_mut() else {
+                continue;
+            };
+            one.remove("restore_certificate");
+            one.remove("last_active_at");
+        }
+        answer
+    };
+    let mut first = Vec::new();
+    for (n, (path, body)) in requests.iter().enumerate() {
+        let (code, answer) = keyed(&bed, path, &format!("key-{n}"), body).await;
+        assert_eq!(code, 201, "{path}: {answer}");
+        first.push(what(&answer));
+    }
+    let made = counts(&bed);
+    assert_eq!(made, (5, 3));
+    for restart in [false, true] {
+        if restart {
+            bed = bed.restarted().await;
+        }
+        for (n, (path, body)) in requests.iter().enumerate() {
+            let key = format!("key-{n}");
+            let (code, answer) = keyed(&bed, path, &key, body).await;
+            assert_eq!((code, &what(&answer)), (201, &first[n]), "{path}");
+            let mut other = body.clone();
+            other["name"] = json!("other");
+            let (code, answer) = keyed(&bed, path, &key, &other).await;
+            assert_eq!(code, 409, "{path}: {answer}");
+        }
+        assert_eq!(counts(&bed), made);
+    }
+    // What was made and is gone is not made again.
+    assert_eq!(bed.call("DELETE", "/v1/snapshots/mine", None).await.0, 204);
+    let (path, body) = &requests[2];
+    let (code, answer) = keyed(&bed, path, "key-2", body).await;
+    assert_eq!((code, &answer["error"]["code"]), (409, &json!("conflict")));
+    // The query is part of what is asked for.
+    let path = format!("{path}?overwrite=true");
+    assert_eq!(keyed(&bed, &path, "key-2", body).await.0, 409);
+}
+
+#[tokio::test]
+async fn g10_what_failed_may_be_tried_again_with_its_key() {
+    let bed = bed().await;
+    let id = bed.create().await;
+    let fork = format!("/v1/sandboxes/{id}/fork");
+    let snapshot = json!({"sandbox_id": id});
+    for (request, path, body) in [
+        ("fork", fork.as_str(), json!({"count": 2})),
+        ("snapshot", "/v1/snapshots", snapshot),
+    ] {
+        bed.sim.fault(request, Some(Fault::Fails));
+        assert_eq!(keyed(&bed, path, request, &body).await.0, 502);
+        bed.sim.fault(request, None);
+        assert_eq!(keyed(&bed, path, request, &body).await.0, 201);
+    }
+}
+
+#[tokio::test]
+async fn g10_a_key_whose_request_died_with_the_server_is_free_again() {
+    for fault in [Fault::HangsBefore, Fault::HangsAfter] {
+        let doomed = Doomed::start();
+        let id = doomed.bed.create().await;
+        doomed.bed.sim.fault("snapshot", Some(fault));
+        let body = json!({"sandbox_id": id, "name": "mine"});
+        let asked = doomed
+            .bed
+            .request("POST", "/v1/snapshots")
+            .header("Idempotency-Key", "once")
+            .json(&body);
+        let asked = tokio::spawn(asked.send());
+        doomed.bed.sim.until_hung(1).await;
+        // While it is under way a repetition is told so.
+        let (code, answer) = keyed(&doomed.bed, "/v1/snapshots", "once", &body).await;
+        assert_eq!((code, &answer["error"]["code"]), (409, &json!("conflict")));
+        let bed = doomed.killed(None).await;
+        asked.abort();
+        bed.control.reconcile().await.unwrap();
+        let (code, answer) = keyed(&bed, "/v1/snapshots", "once", &body).await;
+        assert_eq!((code, &answer["name"]), (201, &json!("mine")), "{answer}");
+    }
 }

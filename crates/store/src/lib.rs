@@ -28,6 +28,6 @@ pub use events::{Death, EventRow, NewEvent};
 pub use idempotency::{IDEMPOTENCY_KEEP_MS, Remembered, RequestHash};
 pub use keys::{KeyRow, NewKey};
 pub use sandboxes::{Change, Inserted, NewSandbox, Page, SandboxFilter, SandboxRow};
-pub use snapshots::{Named, NewSnapshot, SnapshotKind, SnapshotRow};
+pub use snapshots::{Named, NewSnapshot, SnapshotKind, SnapshotPage, SnapshotRow};
 pub use teams::Team;
 pub use time::Timestamp;

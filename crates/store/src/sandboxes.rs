@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 
 use sqlx::sqlite::SqliteRow;
+use sqlx::{Sqlite, Transaction};
+use uuid::Uuid;
 use wrenn_types::{HostId, MemoryMib, SandboxId, SandboxState, Shape, TeamId, Vcpus};
 
+use crate::idempotency::Key;
 use crate::row::Columns;
-use crate::{IDEMPOTENCY_KEEP_MS, RequestHash, Store, StoreError, Timestamp};
+use crate::{RequestHash, Store, StoreError, Timestamp};
 
 /// A sandbox to be stored, before any host knows of it.
 #[derive(Debug, Clone)]
@@ -33,17 +36,19 @@ pub struct NewSandbox {
     pub pause_at_end: bool,
     /// While it is paused, traffic resumes it.
     pub auto_resume: bool,
-    /// The key that makes this creation one of a kind, and what was asked for.
-    pub idempotency: Option<(String, RequestHash)>,
+    /// What it is called, one of a kind among the living of its team.
+    pub name: Option<String>,
 }
 
 /// What came of an insertion.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Inserted {
-    /// The row is there.
-    New(Box<SandboxRow>),
-    /// Its idempotency key was used before; nothing was inserted.
+    /// The rows are there.
+    New(Vec<SandboxRow>),
+    /// The idempotency key was used before; nothing was inserted.
     KeyTaken,
+    /// A living sandbox has this name; nothing was inserted.
+    NameTaken(String),
 }
 
 /// A stored sandbox.
@@ -79,6 +84,8 @@ pub struct SandboxRow {
     pub pause_at_end: bool,
     /// While it is paused, traffic resumes it.
     pub auto_resume: bool,
+    /// What it is called, if it has a name.
+    pub name: Option<String>,
     /// The guest agent's version; empty until it first ran.
     pub envd_version: String,
     /// Where it runs or ran.
@@ -108,6 +115,8 @@ pub struct Change {
     pub shape: Option<Shape>,
     /// Set with `started_at`: its guest agent's version.
     pub envd_version: Option<String>,
+    /// Set when its host chose another end, or none, such as when traffic resumed it.
+    pub end_at: Option<Option<Timestamp>>,
 }
 
 /// Which sandboxes to list.
@@ -163,6 +172,7 @@ fn read(row: &SqliteRow) -> Result<SandboxRow, StoreError> {
         allow_internet: row.flag("allow_internet")?,
         pause_at_end: row.text("on_timeout")? == PAUSE,
         auto_resume: row.flag("auto_resume")?,
+        name: row.optional_text("name")?,
         envd_version: row.text("envd_version")?,
         host: row.optional_uuid("host_id")?.map(HostId::from_uuid),
         created_at: row.time("created_at")?,
@@ -173,7 +183,7 @@ fn read(row: &SqliteRow) -> Result<SandboxRow, StoreError> {
 }
 
 /// JSON text of strings; such a map or list always has one.
-fn json(value: &impl serde::Serialize) -> String {
+pub(crate) fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
@@ -182,69 +192,79 @@ fn words(states: &[SandboxState]) -> String {
     json(&words)
 }
 
+/// `None` when the name is taken.
+async fn insert(
+    tx: &mut Transaction<'static, Sqlite>,
+    new: NewSandbox,
+    now: Timestamp,
+) -> Result<Option<SqliteRow>, sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO sandboxes (id, team_id, template, state, generation, vcpus, memory_mib,
+             disk_mib, metadata, idle_timeout_secs, end_at, secure, allow_internet,
+             envd_version, created_at, updated_at, on_timeout, auto_resume, name)
+         VALUES ($1, $2, $3, $4, 1, $5, $6, 0, $7, $8, $9, $10, $11, '', $12, $12, $13, $14, $15)
+         ON CONFLICT (team_id, name) WHERE name IS NOT NULL AND state NOT IN ('stopped', 'error')
+             DO NOTHING
+         RETURNING *",
+    )
+    .bind(new.id.uuid().to_string())
+    .bind(new.team.uuid().to_string())
+    .bind(new.template)
+    .bind(SandboxState::Starting.as_str())
+    .bind(i64::from(new.shape.vcpus.0))
+    .bind(i64::from(new.shape.memory.0))
+    .bind(json(&new.metadata))
+    .bind(i64::from(new.idle_timeout_secs))
+    .bind(new.end_at.map(Timestamp::unix_ms))
+    .bind(i64::from(new.secure))
+    .bind(i64::from(new.allow_internet))
+    .bind(now.unix_ms())
+    .bind(if new.pause_at_end { PAUSE } else { KILL })
+    .bind(i64::from(new.auto_resume))
+    .bind(new.name)
+    .fetch_optional(&mut **tx)
+    .await
+}
+
 impl Store {
-    /// Stores a sandbox in state `starting` together with its idempotency key: either both are there or
-    /// none.
-    pub async fn insert_sandbox(
+    /// Stores sandboxes of one team in state `starting`, together with the key that makes their
+    /// creation one of a kind and the hash of what was asked for: either all is there or nothing.
+    pub async fn insert_sandboxes(
         &self,
-        new: NewSandbox,
+        new: Vec<NewSandbox>,
+        idempotency: Option<(String, RequestHash)>,
         now: Timestamp,
     ) -> Result<Inserted, StoreError> {
         let doing = "storing a sandbox";
         let failed = || StoreError::doing(doing);
         let mut tx = self.begin(doing).await?;
-        let row = sqlx::query(
-            "INSERT INTO sandboxes (id, team_id, template, state, generation, vcpus, memory_mib,
-                 disk_mib, metadata, idle_timeout_secs, end_at, secure, allow_internet,
-                 envd_version, created_at, updated_at, on_timeout, auto_resume)
-             VALUES ($1, $2, $3, $4, 1, $5, $6, 0, $7, $8, $9, $10, $11, '', $12, $12, $13, $14)
-             RETURNING *",
-        )
-        .bind(new.id.uuid().to_string())
-        .bind(new.team.uuid().to_string())
-        .bind(new.template)
-        .bind(SandboxState::Starting.as_str())
-        .bind(i64::from(new.shape.vcpus.0))
-        .bind(i64::from(new.shape.memory.0))
-        .bind(json(&new.metadata))
-        .bind(i64::from(new.idle_timeout_secs))
-        .bind(new.end_at.map(Timestamp::unix_ms))
-        .bind(i64::from(new.secure))
-        .bind(i64::from(new.allow_internet))
-        .bind(now.unix_ms())
-        .bind(if new.pause_at_end { PAUSE } else { KILL })
-        .bind(i64::from(new.auto_resume))
-        .fetch_one(&mut *tx)
-        .await
-        .map_err(failed())?;
-        if let Some((key, request)) = new.idempotency {
-            // An expired key is free again.
-            let done = sqlx::query(
-                "INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id, created_at)
-                 VALUES ($1, $2, $3, $4, $5)
-                 ON CONFLICT (team_id, key) DO UPDATE SET
-                     request_hash = excluded.request_hash,
-                     sandbox_id = excluded.sandbox_id,
-                     created_at = excluded.created_at
-                 WHERE idempotency_keys.created_at <= $6",
-            )
-            .bind(new.team.uuid().to_string())
-            .bind(key)
-            .bind(request.0.to_vec())
-            .bind(new.id.uuid().to_string())
-            .bind(now.unix_ms())
-            .bind(now.plus_ms(-IDEMPOTENCY_KEEP_MS).unix_ms())
-            .execute(&mut *tx)
-            .await
-            .map_err(failed())?;
-            if done.rows_affected() == 0 {
-                // Dropping the transaction takes the sandbox's row back.
+        let mut rows = Vec::new();
+        for new in new {
+            let name = new.name.clone();
+            let row = insert(&mut tx, new, now).await.map_err(failed())?;
+            match row {
+                Some(row) => rows.push(read(&row)?),
+                // Dropping the transaction takes the rows back.
+                None => return Ok(Inserted::NameTaken(name.unwrap_or_default())),
+            }
+        }
+        if let (Some((key, request)), Some(first)) = (idempotency, rows.first()) {
+            let key = Key {
+                team: first.team,
+                key: &key,
+                request,
+            };
+            let made: Vec<Uuid> = rows.iter().map(|row| row.id.uuid()).collect();
+            if !key
+                .take(&mut tx, &made, true, now)
+                .await
+                .map_err(failed())?
+            {
                 return Ok(Inserted::KeyTaken);
             }
         }
-        let row = read(&row)?;
         tx.commit().await.map_err(failed())?;
-        Ok(Inserted::New(Box::new(row)))
+        Ok(Inserted::New(rows))
     }
 
     /// A team's sandbox.
@@ -356,7 +376,8 @@ impl Store {
                  disk_mib = coalesce($10, disk_mib),
                  vcpus = coalesce($11, vcpus),
                  memory_mib = coalesce($12, memory_mib),
-                 envd_version = coalesce($13, envd_version)
+                 envd_version = coalesce($13, envd_version),
+                 end_at = CASE WHEN $14 THEN $15 ELSE end_at END
              WHERE id = $1 AND state = $2 AND generation = $3 RETURNING *",
         )
         .bind(from.id.uuid().to_string())
@@ -372,31 +393,35 @@ impl Store {
         .bind(change.shape.map(|s| i64::from(s.vcpus.0)))
         .bind(change.shape.map(|s| i64::from(s.memory.0)))
         .bind(change.envd_version)
+        .bind(change.end_at.is_some())
+        .bind(change.end_at.flatten().map(Timestamp::unix_ms))
         .fetch_optional(self.writer())
         .await
         .map_err(StoreError::doing("changing a sandbox's state"))?;
         row.as_ref().map(read).transpose()
     }
 
-    /// Sets how long a sandbox may live. `None` when its life is over or it is not there.
-    pub async fn set_lifetime(
+    /// Sets when a sandbox ends. With `only_later` an end that is later already, or no end at
+    /// all, stays. `None` when nothing was changed, or its life is over, or it is not there.
+    pub async fn set_end(
         &self,
         id: SandboxId,
-        idle_timeout_secs: u32,
-        end_at: Option<Timestamp>,
+        end_at: Timestamp,
+        only_later: bool,
         now: Timestamp,
     ) -> Result<Option<SandboxRow>, StoreError> {
         let row = sqlx::query(
-            "UPDATE sandboxes SET idle_timeout_secs = $2, end_at = $3, updated_at = $4
-             WHERE id = $1 AND state NOT IN ('stopped', 'error') RETURNING *",
+            "UPDATE sandboxes SET end_at = $2, updated_at = $3
+             WHERE id = $1 AND state NOT IN ('stopped', 'error') AND ($4 = 0 OR end_at < $2)
+             RETURNING *",
         )
         .bind(id.uuid().to_string())
-        .bind(i64::from(idle_timeout_secs))
-        .bind(end_at.map(Timestamp::unix_ms))
+        .bind(end_at.unix_ms())
         .bind(now.unix_ms())
+        .bind(i64::from(only_later))
         .fetch_optional(self.writer())
         .await
-        .map_err(StoreError::doing("setting a sandbox's lifetime"))?;
+        .map_err(StoreError::doing("setting a sandbox's end"))?;
         row.as_ref().map(read).transpose()
     }
 }

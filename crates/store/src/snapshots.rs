@@ -1,9 +1,12 @@
 //! Snapshots that were asked for by name: templates of a team, checkpoints of a sandbox.
 
+use std::collections::BTreeSet;
+
 use sqlx::sqlite::SqliteRow;
 use uuid::Uuid;
 use wrenn_types::{MemoryMib, SandboxId, Shape, TeamId, Vcpus};
 
+use crate::idempotency::note_done;
 use crate::row::Columns;
 use crate::{Store, StoreError, Timestamp};
 
@@ -28,6 +31,8 @@ impl SnapshotKind {
 /// A snapshot to be stored.
 #[derive(Debug, Clone)]
 pub struct NewSnapshot {
+    /// Names the row; newer ones are greater.
+    pub id: Uuid,
     /// Whose it is.
     pub team: TeamId,
     /// What for.
@@ -69,6 +74,15 @@ pub struct SnapshotRow {
     pub envd_version: String,
     /// When it was taken.
     pub created_at: Timestamp,
+}
+
+/// A piece of a list of snapshots, newest first.
+#[derive(Debug, Clone, Copy)]
+pub struct SnapshotPage {
+    /// Only what is older than this one.
+    pub after: Option<Uuid>,
+    /// At most so many.
+    pub limit: u32,
 }
 
 /// What came of storing a snapshot.
@@ -156,7 +170,7 @@ impl Store {
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
              ON CONFLICT DO NOTHING RETURNING *",
         )
-        .bind(Uuid::now_v7().to_string())
+        .bind(new.id.to_string())
         .bind(new.team.uuid().to_string())
         .bind(new.kind.as_str())
         .bind(new.name)
@@ -173,6 +187,7 @@ impl Store {
         .map_err(failed())?;
         match row.as_ref().map(read).transpose()? {
             Some(row) => {
+                note_done(&mut tx, row.id).await.map_err(failed())?;
                 tx.commit().await.map_err(failed())?;
                 Ok(Named::New(row))
             }
@@ -198,27 +213,83 @@ impl Store {
         row.as_ref().map(read).transpose()
     }
 
-    /// A team's templates that are snapshots, newest first.
-    pub async fn template_snapshots(&self, team: TeamId) -> Result<Vec<SnapshotRow>, StoreError> {
+    /// A team's snapshot, whatever it is for.
+    pub async fn snapshot(
+        &self,
+        team: TeamId,
+        id: Uuid,
+    ) -> Result<Option<SnapshotRow>, StoreError> {
+        let row = sqlx::query(
+            "SELECT * FROM snapshots WHERE id = $1 AND team_id = $2 AND deleted_at IS NULL",
+        )
+        .bind(id.to_string())
+        .bind(team.uuid().to_string())
+        .fetch_optional(self.reader())
+        .await
+        .map_err(StoreError::doing("looking up a snapshot"))?;
+        row.as_ref().map(read).transpose()
+    }
+
+    /// A team's templates that are snapshots, newest first, a page at a time: all of them, or
+    /// those of one sandbox or name.
+    pub async fn template_snapshots(
+        &self,
+        team: TeamId,
+        of: Option<SandboxId>,
+        name: Option<&str>,
+        page: SnapshotPage,
+    ) -> Result<Vec<SnapshotRow>, StoreError> {
         let rows = sqlx::query(
             "SELECT * FROM snapshots
-             WHERE team_id = $1 AND kind = 'template' AND deleted_at IS NULL ORDER BY id DESC",
+             WHERE team_id = $1 AND kind = 'template' AND deleted_at IS NULL
+               AND ($2 IS NULL OR sandbox_id = $2) AND ($3 IS NULL OR name = $3)
+               AND ($4 IS NULL OR id < $4)
+             ORDER BY id DESC LIMIT $5",
         )
         .bind(team.uuid().to_string())
+        .bind(of.map(|id| id.uuid().to_string()))
+        .bind(name)
+        .bind(page.after.map(|id| id.to_string()))
+        .bind(i64::from(page.limit))
         .fetch_all(self.reader())
         .await
         .map_err(StoreError::doing("listing templates"))?;
         rows.iter().map(read).collect()
     }
 
-    /// A sandbox's checkpoints, newest first.
-    pub async fn checkpoints(&self, sandbox: SandboxId) -> Result<Vec<SnapshotRow>, StoreError> {
+    /// A sandbox's checkpoint of this name.
+    pub async fn checkpoint(
+        &self,
+        sandbox: SandboxId,
+        name: &str,
+    ) -> Result<Option<SnapshotRow>, StoreError> {
+        let row = sqlx::query(
+            "SELECT * FROM snapshots
+             WHERE sandbox_id = $1 AND kind = 'checkpoint' AND name = $2 AND deleted_at IS NULL",
+        )
+        .bind(sandbox.uuid().to_string())
+        .bind(name)
+        .fetch_optional(self.reader())
+        .await
+        .map_err(StoreError::doing("looking up a checkpoint"))?;
+        row.as_ref().map(read).transpose()
+    }
+
+    /// A sandbox's checkpoints, newest first, a page at a time.
+    pub async fn checkpoints(
+        &self,
+        sandbox: SandboxId,
+        page: SnapshotPage,
+    ) -> Result<Vec<SnapshotRow>, StoreError> {
         let rows = sqlx::query(
             "SELECT * FROM snapshots
              WHERE sandbox_id = $1 AND kind = 'checkpoint' AND deleted_at IS NULL
-             ORDER BY id DESC",
+               AND ($2 IS NULL OR id < $2)
+             ORDER BY id DESC LIMIT $3",
         )
         .bind(sandbox.uuid().to_string())
+        .bind(page.after.map(|id| id.to_string()))
+        .bind(i64::from(page.limit))
         .fetch_all(self.reader())
         .await
         .map_err(StoreError::doing("listing checkpoints"))?;
@@ -236,7 +307,7 @@ impl Store {
                  memory_mib, disk_mib, size_bytes, envd_version, created_at, deleted_at)
              VALUES ($1, $2, $3, $4, $5, $6, 0, 0, 0, 0, '', $7, $7)",
         )
-        .bind(Uuid::now_v7().to_string())
+        .bind(new.id.to_string())
         .bind(new.team.uuid().to_string())
         .bind(new.kind.as_str())
         .bind(new.name)
@@ -298,6 +369,15 @@ impl Store {
             Ok((row.uuid("id")?, host))
         };
         rows.iter().map(columns).collect()
+    }
+
+    /// What the host calls the snapshots that any row names, also one that is deleted here.
+    pub async fn named_snapshots(&self) -> Result<BTreeSet<String>, StoreError> {
+        let names: Vec<String> = sqlx::query_scalar("SELECT host_snapshot FROM snapshots")
+            .fetch_all(self.reader())
+            .await
+            .map_err(StoreError::doing("listing snapshots"))?;
+        Ok(names.into_iter().collect())
     }
 
     /// Forgets a deleted snapshot, which the host does not keep any more.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use wrenn_store::{
     Change, Inserted, Named, NewKey, NewSandbox, NewSnapshot, Page, RequestHash, SandboxFilter,
-    SandboxRow, SnapshotKind, Store, Team, Timestamp,
+    SandboxRow, SnapshotKind, SnapshotPage, Store, Team, Timestamp,
 };
 use wrenn_types::{ApiKey, SandboxId, SandboxState, Shape};
 
@@ -15,6 +15,11 @@ const ALL: Page = Page {
     after: None,
     limit: 100,
     descending: true,
+};
+
+const NEWEST: SnapshotPage = SnapshotPage {
+    after: None,
+    limit: 100,
 };
 
 struct Bed {
@@ -44,14 +49,15 @@ impl Bed {
             allow_internet: true,
             pause_at_end: false,
             auto_resume: false,
-            idempotency: None,
+            name: None,
         }
     }
 
     async fn insert(&self, new: NewSandbox) -> SandboxRow {
-        match self.store.insert_sandbox(new, NOW).await.unwrap() {
-            Inserted::New(row) => *row,
-            Inserted::KeyTaken => panic!("the key was free"),
+        let inserted = self.store.insert_sandboxes(vec![new], None, NOW).await;
+        match inserted.unwrap() {
+            Inserted::New(mut rows) => rows.remove(0),
+            taken => panic!("nothing was to be in its way: {taken:?}"),
         }
     }
 }
@@ -137,10 +143,8 @@ async fn a_state_changes_only_from_what_was_expected() {
     assert_eq!(stopped.stopped_at, Some(NOW.plus_secs(5)));
     assert_eq!(stopped.started_at, Some(NOW));
     assert_eq!(stopped.reason.as_deref(), Some("killed"));
-    assert_eq!(
-        bed.store.set_lifetime(row.id, 1, None, NOW).await.unwrap(),
-        None
-    );
+    let set = bed.store.set_end(row.id, NOW, false, NOW).await;
+    assert_eq!(set.unwrap(), None);
     assert!(bed.store.living_sandboxes().await.unwrap().is_empty());
 }
 
@@ -222,29 +226,32 @@ async fn g36_another_teams_sandbox_is_not_there() {
 async fn g10_an_idempotency_key_makes_one_sandbox() {
     let bed = bed().await;
     let (hash, other) = (RequestHash([1; 32]), RequestHash([2; 32]));
-    let mut new = bed.new_sandbox();
-    new.idempotency = Some(("once".into(), hash));
-    let mut again = new.clone();
-    again.id = SandboxId::new();
-    let row = bed.insert(new).await;
-    assert_eq!(
-        bed.store.insert_sandbox(again.clone(), NOW).await.unwrap(),
-        Inserted::KeyTaken
-    );
-    assert_eq!(bed.store.any_sandbox(again.id).await.unwrap(), None);
+    let key = Some(("once".to_owned(), hash));
+    let (new, again) = (bed.new_sandbox(), bed.new_sandbox());
+    let first = (new.id.uuid(), again.id);
+    let store = async |new: &NewSandbox, now| {
+        let inserted = bed
+            .store
+            .insert_sandboxes(vec![new.clone()], key.clone(), now);
+        inserted.await.unwrap()
+    };
+    assert!(matches!(store(&new, NOW).await, Inserted::New(_)));
+    assert_eq!(store(&again, NOW).await, Inserted::KeyTaken);
+    assert_eq!(bed.store.any_sandbox(first.1).await.unwrap(), None);
     let known = async |hash, now| {
         bed.store
             .remembered(bed.team.id, "once", hash, now)
             .await
             .unwrap()
     };
-    let first = known(hash, NOW).await.unwrap();
-    assert_eq!((first.sandbox, first.same_request), (row.id, true));
+    let remembered = known(hash, NOW).await.unwrap();
+    assert_eq!(remembered.made, [first.0]);
+    assert!(remembered.same_request && remembered.done);
     assert!(!known(other, NOW).await.unwrap().same_request);
     // A day later the key is free again.
     let tomorrow = NOW.plus_secs(24 * 3600 + 1);
     assert_eq!(known(hash, tomorrow).await, None);
-    let later = bed.store.insert_sandbox(again, tomorrow).await.unwrap();
+    let later = store(&again, tomorrow).await;
     assert!(matches!(later, Inserted::New(_)));
     assert_eq!(bed.store.expire_idempotency(tomorrow).await.unwrap(), 0);
     assert_eq!(
@@ -302,6 +309,7 @@ async fn g40_a_key_is_stored_as_its_hash_only() {
 
 fn new_snapshot(bed: &Bed, kind: SnapshotKind, name: &str, sandbox: SandboxId) -> NewSnapshot {
     NewSnapshot {
+        id: uuid::Uuid::now_v7(),
         team: bed.team.id,
         kind,
         name: name.into(),
@@ -329,7 +337,7 @@ async fn a_snapshots_name_is_one_of_a_kind_until_it_is_deleted() {
     let point = new_snapshot(&bed, SnapshotKind::Checkpoint, "mine", sandbox);
     let stored = store.insert_snapshot(point, false, NOW).await.unwrap();
     assert!(matches!(stored, Named::New(_)));
-    assert_eq!(store.checkpoints(sandbox).await.unwrap().len(), 1);
+    assert_eq!(store.checkpoints(sandbox, NEWEST).await.unwrap().len(), 1);
 
     let Named::New(second) = store.insert_snapshot(template(), true, NOW).await.unwrap() else {
         panic!("it was to be overwritten");
@@ -342,11 +350,17 @@ async fn a_snapshots_name_is_one_of_a_kind_until_it_is_deleted() {
     assert!(store.delete_snapshot(second.id, NOW).await.unwrap());
     assert!(!store.delete_snapshot(second.id, NOW).await.unwrap());
     assert_eq!(store.template_snapshot(team, "mine").await.unwrap(), None);
-    assert_eq!(store.template_snapshots(team).await.unwrap(), []);
+    assert_eq!(
+        store
+            .template_snapshots(team, None, None, NEWEST)
+            .await
+            .unwrap(),
+        []
+    );
     // What is not deleted is not forgotten.
-    let point = store.checkpoints(sandbox).await.unwrap().remove(0);
+    let point = store.checkpoints(sandbox, NEWEST).await.unwrap().remove(0);
     store.forget_snapshot(point.id).await.unwrap();
-    assert_eq!(store.checkpoints(sandbox).await.unwrap().len(), 1);
+    assert_eq!(store.checkpoints(sandbox, NEWEST).await.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -364,4 +378,69 @@ async fn checkpoints_end_with_their_sandbox_and_the_host_is_told_once() {
     let deleted = store.deleted_snapshots().await.unwrap();
     assert_eq!(deleted.len(), 1);
     assert_eq!(deleted[0].1, Some("aa".repeat(32)));
+}
+
+#[tokio::test]
+async fn an_end_that_may_only_be_later_is_never_earlier() {
+    let bed = bed().await;
+    let mut new = bed.new_sandbox();
+    new.end_at = Some(NOW.plus_secs(60));
+    let limited = bed.insert(new).await;
+    let endless = bed.insert(bed.new_sandbox()).await;
+    let set = async |row: &SandboxRow, secs, only_later| {
+        let end = NOW.plus_secs(secs);
+        let set = bed.store.set_end(row.id, end, only_later, NOW).await;
+        set.unwrap().map(|row| row.end_at.unwrap())
+    };
+    assert_eq!(set(&limited, 59, true).await, None);
+    assert_eq!(set(&limited, 61, true).await, Some(NOW.plus_secs(61)));
+    assert_eq!(set(&limited, 5, false).await, Some(NOW.plus_secs(5)));
+    assert_eq!(set(&endless, 1_000_000, true).await, None);
+    assert_eq!(set(&endless, 5, false).await, Some(NOW.plus_secs(5)));
+}
+
+#[tokio::test]
+async fn a_name_is_one_of_a_kind_among_the_living_of_a_team() {
+    let bed = bed().await;
+    let named = |name: &str| {
+        let mut new = bed.new_sandbox();
+        new.name = Some(name.to_owned());
+        new
+    };
+    let first = bed.insert(named("a")).await;
+    assert_eq!(first.name.as_deref(), Some("a"));
+    // Of several none is there when one cannot be.
+    let both = vec![named("b"), named("a")];
+    let stored = bed.store.insert_sandboxes(both, None, NOW).await.unwrap();
+    assert_eq!(stored, Inserted::NameTaken("a".to_owned()));
+    assert_eq!(bed.store.living_sandboxes().await.unwrap().len(), 1);
+    let end = Change::default();
+    let ended = bed
+        .store
+        .change_state(&first, SandboxState::Stopped, end, NOW);
+    ended.await.unwrap().unwrap();
+    bed.insert(named("a")).await;
+}
+
+#[tokio::test]
+async fn g10_a_key_of_a_snapshot_is_done_with_its_row() {
+    let bed = bed().await;
+    let (store, team, hash) = (&bed.store, bed.team.id, RequestHash([1; 32]));
+    let sandbox = bed.insert(bed.new_sandbox()).await.id;
+    let new = new_snapshot(&bed, SnapshotKind::Template, "mine", sandbox);
+    let reserve = async |id| store.reserve_key(team, "k", hash, id, NOW).await.unwrap();
+    let done = async || {
+        let known = store.remembered(team, "k", hash, NOW).await.unwrap();
+        known.map(|known| known.done)
+    };
+    assert!(reserve(new.id).await);
+    assert!(!reserve(uuid::Uuid::now_v7()).await);
+    assert_eq!(done().await, Some(false));
+    store.forget_made(&[new.id]).await.unwrap();
+    assert_eq!(done().await, None);
+    assert!(reserve(new.id).await);
+    let id = new.id;
+    store.insert_snapshot(new, false, NOW).await.unwrap();
+    assert_eq!(done().await, Some(true));
+    assert!(store.snapshot(team, id).await.unwrap().is_some());
 }

@@ -32,9 +32,23 @@ impl Client {
         id: &str,
         count: u32,
     ) -> Result<(Vec<Value>, Vec<(String, Duration)>), ClientError> {
+        self.fork_as(id, count, None).await
+    }
+
+    /// The same, with a name for the child, or with numbers for each of several.
+    pub(crate) async fn fork_as(
+        &self,
+        id: &str,
+        count: u32,
+        name: Option<&str>,
+    ) -> Result<(Vec<Value>, Vec<(String, Duration)>), ClientError> {
         let segments = ["v1", "sandboxes", id, "fork"];
-        let request = self.request(Method::POST, &segments);
-        let answer = self.send(request.json(&json!({ "count": count }))).await?;
+        let mut body = json!({ "count": count });
+        if let Some(name) = name {
+            body["name"] = name.into();
+        }
+        let request = self.request(Method::POST, &segments).json(&body);
+        let answer = self.send(request).await?;
         let phases = phases(&answer);
         Ok((list(self.read_json(answer).await?), phases))
     }
@@ -51,8 +65,8 @@ impl Client {
 
     /// The checkpoints of a sandbox, newest first.
     pub(crate) async fn checkpoints(&self, id: &str) -> Result<Vec<Value>, ClientError> {
-        let segments = ["v1", "sandboxes", id, "checkpoints"];
-        Ok(list(self.json(self.lookup(&segments)).await?))
+        self.all_pages(&["v1", "sandboxes", id, "checkpoints"], &[])
+            .await
     }
 
     /// Puts a sandbox back to a checkpoint.
@@ -79,7 +93,34 @@ impl Client {
 
     /// The templates that are snapshots, newest first.
     pub(crate) async fn snapshots(&self) -> Result<Vec<Value>, ClientError> {
-        Ok(list(self.json(self.lookup(&["v1", "snapshots"])).await?))
+        self.all_pages(&["v1", "snapshots"], &[("type", "snapshot")])
+            .await
+    }
+
+    /// A list with all its pages.
+    async fn all_pages(
+        &self,
+        segments: &[&str],
+        filter: &[(&str, &str)],
+    ) -> Result<Vec<Value>, ClientError> {
+        let mut all = Vec::new();
+        let mut cursor: Option<String> = None;
+        loop {
+            let mut request = self.lookup(segments).query(filter);
+            if let Some(cursor) = &cursor {
+                request = request.query(&[("cursor", cursor)]);
+            }
+            let answer = self.send(request).await?;
+            let next = answer.headers().get("x-next-cursor");
+            let next = next.and_then(|value| value.to_str().ok());
+            let next = next.filter(|next| !next.is_empty()).map(str::to_owned);
+            all.extend(list(self.read_json(answer).await?));
+            // A server that repeats itself must not keep us here for ever.
+            if next.is_none() || next == cursor {
+                return Ok(all);
+            }
+            cursor = next;
+        }
     }
 
     /// Deletes a template that is a snapshot.

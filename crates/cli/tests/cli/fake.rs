@@ -23,6 +23,10 @@ pub struct Seen {
     pub created: Vec<Value>,
     pub destroyed: Vec<String>,
     pub files: BTreeMap<String, Vec<u8>>,
+    /// Checkpoints and snapshots, oldest first.
+    pub saved: Vec<Value>,
+    /// What was asked of sandboxes and snapshots: a verb, a name, and the body or query.
+    pub asked: Vec<(String, String, Value)>,
     /// Messages on sockets.
     pub messages: Vec<Value>,
 }
@@ -114,6 +118,10 @@ fn router(state: Shared, key: String) -> Router {
             &format!("{one}/logs"),
             get(|| async { "line one\nline two\n" }),
         )
+        .route(&format!("{one}/checkpoints"), get(saved).post(save))
+        .route("/v1/snapshots", get(saved).post(save))
+        .route("/v1/snapshots/{name}", axum::routing::delete(forget))
+        .route(&format!("{one}/{{verb}}"), post(change))
         .route("/v1/host", get(host))
         .layer(from_fn_with_state(key, check_key))
         .with_state(state)
@@ -190,6 +198,94 @@ async fn destroy(State(state): State<Shared>, Path(id): Path<String>) -> Respons
         return error(404, "not_found", &format!("no sandbox {id}"));
     }
     seen.destroyed.push(id);
+    StatusCode::NO_CONTENT.into_response()
+}
+
+/// Pause, resume, rollback and fork. The second child of a fork finds no room.
+async fn change(
+    State(state): State<Shared>,
+    Path((id, verb)): Path<(String, String)>,
+    Json(body): Json<Value>,
+) -> Response {
+    let mut seen = state.lock().unwrap();
+    seen.asked.push((verb.clone(), id.clone(), body.clone()));
+    let Some(sandbox) = seen.sandboxes.get_mut(&id) else {
+        return error(404, "not_found", &format!("no sandbox {id}"));
+    };
+    match verb.as_str() {
+        "pause" if sandbox["status"] == "paused" => {
+            let message = format!("{id} is paused, not running");
+            return error(409, "invalid_state", &message);
+        }
+        "pause" => sandbox["status"] = json!("paused"),
+        "rollback" if body["checkpoint"] == "nope" => {
+            return error(404, "not_found", &format!("{id} has no checkpoint `nope`"));
+        }
+        "resume" | "rollback" => sandbox["status"] = json!("running"),
+        "fork" => {
+            let child = |n: u64| match n {
+                1 => json!({"error": "no room"}),
+                n => json!({"id": format!("child-{n}"), "status": "running"}),
+            };
+            let count = body["count"].as_u64().unwrap_or(1);
+            let children: Vec<Value> = (0..count).map(child).collect();
+            return (StatusCode::CREATED, Json(children)).into_response();
+        }
+        _ => return error(404, "not_found", "there is nothing here"),
+    }
+    Json(sandbox.clone()).into_response()
+}
+
+/// What of a list's query the clients should have sent, and the newest two of each page.
+async fn saved(
+    State(state): State<Shared>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Response {
+    let mut seen = state.lock().unwrap();
+    seen.asked
+        .push(("list".into(), String::new(), json!(query)));
+    let before = query.get("cursor").and_then(|cursor| cursor.parse().ok());
+    let end: usize = before.unwrap_or(seen.saved.len());
+    let start = end.saturating_sub(2);
+    let page: Vec<Value> = seen.saved[start..end].iter().rev().cloned().collect();
+    let mut response = Json(page).into_response();
+    if start > 0 {
+        let next = start.to_string().parse().unwrap();
+        response.headers_mut().insert("x-next-cursor", next);
+    }
+    response
+}
+
+async fn save(
+    State(state): State<Shared>,
+    Query(query): Query<BTreeMap<String, String>>,
+    Json(mut body): Json<Value>,
+) -> Response {
+    let mut seen = state.lock().unwrap();
+    let made_up = format!("made-up-{}", seen.saved.len());
+    let name = body["name"].as_str().unwrap_or(&made_up).to_owned();
+    body["query"] = json!(query);
+    seen.asked.push(("save".into(), name.clone(), body));
+    let known = seen.saved.iter().any(|one| one["name"] == name.as_str());
+    if known && query.get("overwrite").is_none_or(|word| word != "true") {
+        let message = format!("there is a snapshot `{name}` already");
+        return error(409, "template_name_taken", &message);
+    }
+    let saved = json!({
+        "name": name, "type": "snapshot", "vcpus": 1, "memory_mb": 512, "size_bytes": 3 << 20,
+        "created_at": "2026-11-22T12:00:00Z", "new_field": 7,
+    });
+    seen.saved.push(saved.clone());
+    (StatusCode::CREATED, Json(saved)).into_response()
+}
+
+async fn forget(State(state): State<Shared>, Path(name): Path<String>) -> Response {
+    let mut seen = state.lock().unwrap();
+    let before = seen.saved.len();
+    seen.saved.retain(|one| one["name"] != name.as_str());
+    if seen.saved.len() == before {
+        return error(404, "not_found", &format!("there is no snapshot `{name}`"));
+    }
     StatusCode::NO_CONTENT.into_response()
 }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod fake;
+mod snapshots;
 
 use std::fs;
 use std::io::{Read, Write};

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use connectrpc::{ConnectError, ErrorCode};
-use wrenn_store::{Change, Inserted, NewSandbox, RequestHash, SandboxRow, Timestamp};
+use wrenn_store::{Change, Inserted, NewSandbox, SandboxRow, Timestamp};
 use wrenn_types::{SandboxId, SandboxState, Shape, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
+use super::idempotency::{Key, in_progress};
 use super::sandboxes::{Sandbox, finish, lifetime, options, started, wrong_state};
-use super::{App, Code, DEFAULT_TEMPLATE, Failure, template_name};
+use super::{App, DEFAULT_TEMPLATE, Failure, template_name};
 use crate::host::HostSandbox;
 
 /// A restore takes a fraction of a second; a machine of a new shape has to be booted first, which
@@ -51,7 +52,7 @@ pub(crate) struct CreateSpec {
     pub(crate) pause_at_end: bool,
     /// While it is paused, traffic resumes it.
     pub(crate) auto_resume: bool,
-    pub(crate) idempotency: Option<(String, RequestHash)>,
+    pub(crate) idempotency: Option<Key>,
 }
 
 /// What a creation comes to.
@@ -75,8 +76,8 @@ impl App {
         team: TeamId,
         spec: CreateSpec,
     ) -> Result<Created, Failure> {
-        if let Some((key, request)) = &spec.idempotency
-            && let Some(known) = self.replay(team, key, *request).await?
+        if let Some(key) = &spec.idempotency
+            && let Some(known) = self.created_before(team, key).await?
         {
             return Ok(known);
         }
@@ -156,18 +157,21 @@ impl App {
             allow_internet: spec.allow_internet,
             pause_at_end: spec.pause_at_end,
             auto_resume: spec.auto_resume,
-            idempotency: spec.idempotency.clone(),
+            name: None,
         };
-        let row = match self.store.insert_sandbox(new, now).await? {
-            Inserted::New(row) => *row,
-            Inserted::KeyTaken => {
-                // The same request came twice at the same time and the other one was first.
-                let (key, request) = spec
-                    .idempotency
-                    .unwrap_or_else(|| (String::new(), RequestHash([0; 32])));
-                let known = self.replay(team, &key, request).await?;
+        let key = spec.idempotency;
+        let stored = self
+            .store
+            .insert_sandboxes(vec![new], key.clone(), now)
+            .await?;
+        let row = match (stored, key) {
+            (Inserted::New(mut rows), _) if !rows.is_empty() => rows.remove(0),
+            // The same request came twice at the same time and the other one was first.
+            (_, Some(key)) => {
+                let known = self.created_before(team, &key).await?;
                 return known.ok_or_else(in_progress);
             }
+            (_, None) => return Err(in_progress()),
         };
         let stored = begun.elapsed();
         let request = wire::CreateSandboxRequest {
@@ -244,7 +248,7 @@ impl App {
                 | ErrorCode::FailedPrecondition
                 | ErrorCode::Unimplemented
         );
-        let failure = Failure::from(error);
+        let failure = Failure::from(error).in_state(SandboxState::Error);
         if !refused && let Err(e) = self.end_on_host(row.id).await {
             tracing::warn!(sandbox = %row.id, error = %e, "what was left of it could not be ended yet");
         }
@@ -257,51 +261,12 @@ impl App {
             .store
             .change_state(row, SandboxState::Error, change, now)
             .await;
-        let forgotten = self.store.forget_idempotency(row.id).await;
+        let forgotten = self.store.forget_made(&[row.id.uuid()]).await;
         if let Err(e) = noted.map(|_| ()).and(forgotten) {
             return Failure::from(e);
         }
         failure
     }
-
-    /// The sandbox that the same request made before.
-    async fn replay(
-        &self,
-        team: TeamId,
-        key: &str,
-        request: RequestHash,
-    ) -> Result<Option<Created>, Failure> {
-        let Some(known) = self
-            .store
-            .remembered(team, key, request, Timestamp::now())
-            .await?
-        else {
-            return Ok(None);
-        };
-        if !known.same_request {
-            return Err(Failure::new(
-                Code::Conflict,
-                "this Idempotency-Key was used for another request; choose a new one",
-            )
-            .with_e2b("idempotency_request_mismatch"));
-        }
-        let sandbox = self.get(team, known.sandbox).await?;
-        if sandbox.row.state == SandboxState::Starting {
-            return Err(in_progress());
-        }
-        Ok(Some(Created {
-            sandbox,
-            phases: Vec::new(),
-        }))
-    }
-}
-
-fn in_progress() -> Failure {
-    Failure::new(
-        Code::Conflict,
-        "a request with this Idempotency-Key is still under way; repeat it in a moment",
-    )
-    .with_e2b("idempotency_request_in_progress")
 }
 
 pub(crate) fn check_envs(envs: &BTreeMap<String, String>) -> Result<(), Failure> {

@@ -3,6 +3,7 @@
 use connectrpc::{ConnectError, ErrorCode};
 use serde_json::{Map, Value};
 use wrenn_store::StoreError;
+use wrenn_types::SandboxState;
 
 /// The stable words for programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +125,16 @@ impl Failure {
     pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
         self.details.insert(key.to_owned(), value.into());
         self
+    }
+
+    /// Adds the state that the sandbox is in, where a state is what is wrong.
+    pub(crate) fn in_state(self, state: SandboxState) -> Self {
+        match self.code {
+            Code::InvalidState if !self.details.contains_key("state") => {
+                self.with("state", state.as_str())
+            }
+            _ => self,
+        }
     }
 
     /// Adds E2B's word.

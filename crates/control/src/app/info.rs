@@ -70,21 +70,26 @@ impl App {
             .with("template", shown)
             .with("templates", there));
         };
-        let default = Shape::DEFAULT;
         Ok(Template {
             name: name.to_owned(),
-            shape: Shape {
-                vcpus: match found.vcpus {
-                    0 => default.vcpus,
-                    n => wrenn_types::Vcpus(n),
-                },
-                memory: match found.memory_mib {
-                    0 => default.memory,
-                    n => wrenn_types::MemoryMib(n),
-                },
-            },
+            shape: shape_of(found),
             limits: self.config.limits.unwrap_or_else(|| info.limits()),
         })
+    }
+}
+
+/// The shape of an image's sandboxes where no other is asked for.
+pub(super) fn shape_of(template: &wire::TemplateInfo) -> Shape {
+    let default = Shape::DEFAULT;
+    Shape {
+        vcpus: match template.vcpus {
+            0 => default.vcpus,
+            n => wrenn_types::Vcpus(n),
+        },
+        memory: match template.memory_mib {
+            0 => default.memory,
+            n => wrenn_types::MemoryMib(n),
+        },
     }
 }
 

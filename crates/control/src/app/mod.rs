@@ -5,8 +5,11 @@ mod exec;
 mod failure;
 mod files;
 mod history;
+mod fork;
+mod idempotency;
 mod info;
 mod keys;
+mod moves;
 mod sandboxes;
 mod snapshots;
 
@@ -24,10 +27,12 @@ pub(crate) use exec::{ExecDone, ExecSpec, Following, Input, OUTPUT_LIMIT, Proces
 pub(crate) use failure::{Code, Failure, chain};
 pub(crate) use files::Upload;
 pub(crate) use history::EVENTS_KEEP_SECS;
+pub(crate) use fork::Fork;
 pub(crate) use info::{DEFAULT_TEMPLATE, template_name};
 pub(crate) use keys::NewApiKey;
+pub(crate) use moves::{Certificate, Moved};
 pub(crate) use sandboxes::{Destroyed, Sandbox};
-pub(crate) use snapshots::{Certificate, Moved};
+pub(crate) use snapshots::{ListedTemplate, Take, TemplateKey, TemplateKind};
 
 use crate::ControlConfig;
 use crate::host::{HostClient, HostInfo};
@@ -41,6 +46,7 @@ pub(crate) struct App {
     /// Who owns what an embedded server makes.
     pub(crate) team: TeamId,
     pub(crate) busy: Busy,
+    ends: Turns,
     /// Shared while a snapshot is taken and gets its row, exclusive while the host is told which
     /// ones have none: two rows may name the same one.
     kept: tokio::sync::RwLock<()>,
@@ -63,6 +69,7 @@ impl App {
             proxy,
             team,
             busy: Busy::default(),
+            ends: Turns::default(),
             kept: Default::default(),
             info: AsyncMutex::new(None),
         }
@@ -103,5 +110,18 @@ impl Drop for Claim {
     fn drop(&mut self) {
         let mut set = self.busy.0.lock().unwrap_or_else(PoisonError::into_inner);
         set.remove(&self.id);
+    }
+}
+
+/// One at a time for each sandbox. A few locks for all of them: that two sandboxes share one
+/// costs a wait and no more.
+#[derive(Default)]
+struct Turns([AsyncMutex<()>; 32]);
+
+impl Turns {
+    async fn turn(&self, id: SandboxId) -> tokio::sync::MutexGuard<'_, ()> {
+        // The last byte of an id is random.
+        let [.., last] = *id.uuid().as_bytes();
+        self.0[usize::from(last) % self.0.len()].lock().await
     }
 }

@@ -138,6 +138,10 @@ impl App {
             _ => Change::default(),
         };
         change.reason = reason;
+        // Resumed by traffic, it got a new end.
+        change.end_at = live
+            .filter(|_| state == SandboxState::Running)
+            .map(|live| live.end_at);
         // No connection lasts across a pause (G26).
         if state.is_final() || state == SandboxState::Paused {
             self.proxy.forget(row.id);
@@ -149,17 +153,6 @@ impl App {
         if let Some(moved) = moved {
             tracing::info!(sandbox = %row.id, from = %row.state, to = %state,
                 reason = moved.reason.as_deref().unwrap_or(""), "followed the host");
-            // Resumed by traffic, it got a new end.
-            if let Some(live) = live.filter(|_| state == SandboxState::Running)
-                && live.end_at != moved.end_at
-            {
-                let (idle, now) = (moved.idle_timeout_secs, Timestamp::now());
-                let stored = self
-                    .store
-                    .set_lifetime(row.id, idle, live.end_at, now)
-                    .await?;
-                return Ok(stored.unwrap_or(moved));
-            }
             return Ok(moved);
         }
         self.store
@@ -170,12 +163,20 @@ impl App {
 
     /// What an error of the host about a running sandbox means: it may have ended a moment ago.
     pub(crate) async fn refused(&self, row: SandboxRow, error: ConnectError) -> Failure {
-        if error.code != ErrorCode::NotFound && error.code != ErrorCode::FailedPrecondition {
+        let about_it = matches!(
+            error.code,
+            ErrorCode::NotFound | ErrorCode::FailedPrecondition | ErrorCode::Aborted
+        );
+        if !about_it {
             return Failure::from(error);
         }
         match self.look(row).await {
-            Ok(now) if now.row.state == SandboxState::Running => Failure::from(error),
-            Ok(now) => wrong_state(&now.row, "running"),
+            Ok(now) => match now.row.state {
+                state @ (SandboxState::Running | SandboxState::Snapshotting) => {
+                    Failure::from(error).in_state(state)
+                }
+                _ => wrong_state(&now.row, "running"),
+            },
             Err(e) => e,
         }
     }
@@ -256,7 +257,8 @@ impl App {
 
     /// Ends a sandbox that is `stopping`.
     pub(crate) async fn take_down(&self, row: &SandboxRow) -> Result<(), Failure> {
-        self.end_on_host(row.id).await?;
+        let ended = self.end_on_host(row.id).await;
+        ended.map_err(|failure| failure.in_state(row.state))?;
         self.proxy.forget(row.id);
         let change = Change {
             reason: row.reason.clone(),
@@ -311,15 +313,17 @@ impl App {
         secs: u32,
         only_later: bool,
     ) -> Result<Sandbox, Failure> {
+        // One at a time from the decision to the host's answer: else the host might be told of
+        // the earlier end last.
+        let _turn = self.ends.turn(id).await;
         let row = self.running(team, id).await?;
         let end_at = Timestamp::now().plus_secs(i64::from(secs));
         if only_later && row.end_at.is_none_or(|known| known >= end_at) {
             return self.look(row).await;
         }
-        let idle = row.idle_timeout_secs;
         let request = wire::SetLifetimeRequest {
             sandbox_id: id.to_string(),
-            lifetime: lifetime(idle, Some(end_at)).into(),
+            lifetime: lifetime(row.idle_timeout_secs, Some(end_at)).into(),
             ..Default::default()
         };
         let live = match self
@@ -330,11 +334,12 @@ impl App {
             Ok(reply) => reply.into_owned().sandbox.into_option(),
             Err(e) => return Err(self.refused(row, e).await),
         };
-        let stored = self
-            .store
-            .set_lifetime(id, idle, Some(end_at), Timestamp::now())
-            .await?;
-        let row = stored.ok_or_else(|| wrong_state(&row, "running"))?;
+        let now = Timestamp::now();
+        let row = match self.store.set_end(id, end_at, only_later, now).await? {
+            Some(row) => row,
+            // It has ended meanwhile, or was paused and resumed until later.
+            None => self.running(team, id).await?,
+        };
         let live = live.map(HostSandbox::try_from).transpose()?;
         Ok(Sandbox { row, live })
     }
@@ -361,7 +366,7 @@ impl App {
             Err(e) if e.code == ErrorCode::NotFound && row.state.is_final() => Err(
                 Failure::not_found(format!("{id} has ended and its log is gone")),
             ),
-            Err(e) => Err(e.into()),
+            Err(e) => Err(Failure::from(e).in_state(row.state)),
         }
     }
 }
@@ -399,5 +404,6 @@ pub(super) fn started(live: &HostSandbox, host: Option<wrenn_types::HostId>) -> 
         disk_mib: Some(live.disk_mib),
         shape: (live.shape.vcpus.0 > 0).then_some(live.shape),
         envd_version: Some(live.envd_version.clone()),
+        end_at: None,
     }
 }

@@ -1,78 +1,101 @@
-//! Pausing and resuming, templates and checkpoints made of sandboxes, forks, rollback.
-//!
-//! ```text
-//!             pausing ──────▶ paused
-//!            ╱                   │
-//!  running ◀── resuming ◀────────┤ resume, rollback
-//!     ▲  ╲────────▶──╱ rollback
-//!     ╰─ snapshotting ─╯ snapshot, checkpoint, fork
-//! ```
-//!
-//! Each operation claims its sandbox, moves the row by compare-and-set to the state in
-//! between, and afterwards to what the host made of it; what it does goes on when the client
-//! hangs up. Of two that want the same sandbox one wins, and the other is told the state.
+//! Templates and checkpoints made of sandboxes, and letting go of them.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use connectrpc::{ConnectError, ErrorCode};
-use wrenn_store::{
-    Change, Inserted, Named, NewSandbox, NewSnapshot, SandboxRow, SnapshotKind, SnapshotRow,
-    Timestamp,
-};
-use wrenn_types::{SandboxId, SandboxState, TeamId};
+use connectrpc::ErrorCode;
+use uuid::Uuid;
+use wrenn_store::{Named, NewSnapshot, SnapshotKind, SnapshotPage, SnapshotRow, Timestamp};
+use wrenn_types::{SandboxId, Shape, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
-use super::sandboxes::{Sandbox, finish, lifetime, options, started, wrong_state};
-use super::{App, Claim, Code, Failure, Phase};
-use crate::host::HostSandbox;
+use super::idempotency::{Key, in_progress};
+use super::info::shape_of;
+use super::moves::{MOVE_WITHIN, phases};
+use super::sandboxes::{finish, options};
+use super::{App, Code, Failure, Phase};
 
-/// Saving or restoring one: some tens of MiB at most, on a busy host and a slow disk.
-const MOVE_WITHIN: Duration = Duration::from_secs(120);
-/// The same for many children of one fork.
-const FORK_WITHIN: Duration = Duration::from_secs(300);
 /// Letting go of a snapshot.
 const DELETE_WITHIN: Duration = Duration::from_secs(30);
-/// Children of a sandbox whose end has come or is near live for so many seconds, as it would if
-/// it were resumed.
-const FORKED_FOR: i64 = 300;
+/// How long the reconciler waits for snapshots that are being taken. Those that come next wait
+/// with it.
+const TIDY_WAITS: Duration = Duration::from_secs(2);
+/// Seconds that a snapshot which no row names is kept.
+const STRAY_FOR: i64 = 10 * 60;
 /// The longest name.
-const MAX_NAME: usize = 100;
-
-/// What was done to a restored machine before its first instruction counted.
-pub(crate) type Certificate = wire::RestoreCertificate;
-
-/// A sandbox after an operation on it.
-#[derive(Debug)]
-pub(crate) struct Moved {
-    pub(crate) sandbox: Sandbox,
-    /// Whether this request did it; else it was so before.
-    pub(crate) now: bool,
-    pub(crate) phases: Vec<Phase>,
-    pub(crate) certificate: Option<Certificate>,
-}
-
-/// A child of a fork.
-pub(crate) type Child = Result<(Sandbox, Option<Certificate>), Failure>;
+pub(super) const MAX_NAME: usize = 100;
 
 /// A snapshot that was taken, and where the time went.
 pub(crate) type Taken = (SnapshotRow, Vec<Phase>);
 
-fn phases(given: &[wire::Phase]) -> Vec<Phase> {
-    let phase = |phase: &wire::Phase| Phase {
-        name: phase.name.clone(),
-        took: Duration::from_micros(phase.micros),
-    };
-    given.iter().map(phase).collect()
+/// What snapshot to take.
+#[derive(Debug, Clone)]
+pub(crate) struct Take {
+    pub(crate) kind: SnapshotKind,
+    /// Made up where none is given.
+    pub(crate) name: Option<String>,
+    /// Take the name from the one that has it.
+    pub(crate) overwrite: bool,
+    pub(crate) idempotency: Option<Key>,
 }
 
-fn no_reason() -> Change {
-    Change::default()
+/// What a template is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TemplateKind {
+    /// An image: everybody's.
+    Base,
+    /// A sandbox: its team's.
+    Snapshot,
+}
+
+/// A template in a list.
+pub(crate) enum ListedTemplate {
+    Snapshot(SnapshotRow),
+    /// An image's, with the shape that its sandboxes have where none is asked for.
+    Image(String, Shape),
+}
+
+/// A template's place in a list of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum TemplateKey {
+    Snapshot(Uuid),
+    Image(String),
+}
+
+impl ListedTemplate {
+    pub(crate) fn key(&self) -> TemplateKey {
+        match self {
+            ListedTemplate::Snapshot(row) => TemplateKey::Snapshot(row.id),
+            ListedTemplate::Image(name, _) => TemplateKey::Image(name.clone()),
+        }
+    }
+}
+
+/// Before the name of an image's template, where an id would stand for a snapshot.
+const IMAGE: &str = "image:";
+
+impl std::fmt::Display for TemplateKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            TemplateKey::Snapshot(id) => write!(f, "{id}"),
+            TemplateKey::Image(name) => write!(f, "{IMAGE}{name}"),
+        }
+    }
+}
+
+impl std::str::FromStr for TemplateKey {
+    type Err = uuid::Error;
+
+    fn from_str(text: &str) -> Result<Self, uuid::Error> {
+        match text.strip_prefix(IMAGE) {
+            Some(name) => Ok(TemplateKey::Image(name.to_owned())),
+            None => text.parse().map(TemplateKey::Snapshot),
+        }
+    }
 }
 
 /// A name that a template or checkpoint may have.
-fn check_name(name: &str) -> Result<(), Failure> {
+pub(super) fn check_name(name: &str) -> Result<(), Failure> {
     let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '_');
     if !name.is_empty() && name.len() <= MAX_NAME && name.chars().all(fits) {
         return Ok(());
@@ -84,189 +107,24 @@ fn check_name(name: &str) -> Result<(), Failure> {
 }
 
 impl App {
-    /// Claims a sandbox for an operation that changes its life.
-    async fn claim(&self, row: &SandboxRow, wanted: &str) -> Result<Claim, Failure> {
-        match self.busy.claim(row.id) {
-            Some(claim) => Ok(claim),
-            None => {
-                let now = self.store.any_sandbox(row.id).await?;
-                Err(wrong_state(now.as_ref().unwrap_or(row), wanted))
-            }
-        }
-    }
-
-    /// Moves a row that an operation found in `row`, or tells what it is instead.
-    async fn step(
-        &self,
-        row: &SandboxRow,
-        to: SandboxState,
-        change: Change,
-    ) -> Result<SandboxRow, Failure> {
-        let now = Timestamp::now();
-        if let Some(moved) = self.store.change_state(row, to, change, now).await? {
-            return Ok(moved);
-        }
-        let now = self.store.any_sandbox(row.id).await?;
-        Err(wrong_state(now.as_ref().unwrap_or(row), row.state.as_str()))
-    }
-
-    /// Takes a row back to what it was before an operation that failed, and says why. What
-    /// the host made of it the next look will tell.
-    async fn step_back(
-        &self,
-        moving: &SandboxRow,
-        before: &SandboxRow,
-        error: ConnectError,
-    ) -> Failure {
-        let change = Change {
-            reason: before.reason.clone(),
-            ..Change::default()
-        };
-        match self.step(moving, before.state, change).await {
-            Ok(row) if row.state == SandboxState::Running => self.refused(row, error).await,
-            // What the host says of a paused one is about its snapshot.
-            Ok(_) => Failure::from(error),
-            Err(failure) => failure,
-        }
-    }
-
-    /// Saves a sandbox and gives its machine back.
-    pub(crate) async fn pause(
-        self: &Arc<Self>,
-        team: TeamId,
-        id: SandboxId,
-    ) -> Result<Moved, Failure> {
-        let row = self.get(team, id).await?.row;
-        if row.state != SandboxState::Running {
-            return Err(wrong_state(&row, "running"));
-        }
-        let app = Arc::clone(self);
-        finish(tokio::spawn(async move {
-            let _claim = app.claim(&row, "running").await?;
-            let moving = app.step(&row, SandboxState::Pausing, no_reason()).await?;
-            app.proxy.forget(id);
-            let request = wire::PauseSandboxRequest {
-                sandbox_id: id.to_string(),
-                ..Default::default()
-            };
-            let asked = app
-                .host
-                .pause_sandbox_with_options(request, options(MOVE_WITHIN))
-                .await;
-            let reply = match asked {
-                Ok(reply) => reply.into_owned(),
-                Err(error) => return Err(app.step_back(&moving, &row, error).await),
-            };
-            app.proxy.forget(id);
-            let row = app.step(&moving, SandboxState::Paused, no_reason()).await?;
-            Ok(Moved {
-                sandbox: Sandbox {
-                    row,
-                    live: live(reply.sandbox.into_option())?,
-                },
-                now: true,
-                phases: phases(&reply.phases),
-                certificate: None,
-            })
-        }))
-        .await
-    }
-
-    /// Restores a paused sandbox; with `secs`, it then ends so many seconds from now. One
-    /// that runs stays as it is.
-    pub(crate) async fn resume(
-        self: &Arc<Self>,
-        team: TeamId,
-        id: SandboxId,
-        secs: Option<u32>,
-    ) -> Result<Moved, Failure> {
-        let sandbox = self.get(team, id).await?;
-        match sandbox.row.state {
-            SandboxState::Running | SandboxState::Snapshotting => {
-                let sandbox = match secs {
-                    Some(secs) => self.set_end(team, id, secs, true).await?,
-                    None => sandbox,
-                };
-                return Ok(Moved {
-                    sandbox,
-                    now: false,
-                    phases: Vec::new(),
-                    certificate: None,
-                });
-            }
-            SandboxState::Paused => {}
-            _ => return Err(wrong_state(&sandbox.row, "paused")),
-        }
-        let row = sandbox.row;
-        let idle = row.idle_timeout_secs;
-        let end_at = secs.map(|secs| Timestamp::now().plus_secs(i64::from(secs)));
-        let request = wire::ResumeSandboxRequest {
-            sandbox_id: id.to_string(),
-            lifetime: end_at
-                .map(|end_at| lifetime(idle, Some(end_at)))
-                .map_or_else(Default::default, Into::into),
-            ..Default::default()
-        };
-        let app = Arc::clone(self);
-        finish(tokio::spawn(async move {
-            let _claim = app.claim(&row, "paused").await?;
-            let moving = app.step(&row, SandboxState::Resuming, no_reason()).await?;
-            let asked = app
-                .host
-                .resume_sandbox_with_options(request, options(MOVE_WITHIN))
-                .await;
-            let reply = match asked {
-                Ok(reply) => reply.into_owned(),
-                Err(error) => return Err(app.step_back(&moving, &row, error).await),
-            };
-            let certificate = reply.certificate.into_option();
-            app.restored(moving, reply.sandbox.into_option(), certificate)
-                .await
-        }))
-        .await
-    }
-
-    /// Writes down that a sandbox runs again, and until when.
-    async fn restored(
-        &self,
-        moving: SandboxRow,
-        given: Option<wire::Sandbox>,
-        certificate: Option<Certificate>,
-    ) -> Result<Moved, Failure> {
-        let until = given.as_ref().and_then(|s| s.lifetime.as_option());
-        let end_at = until
-            .filter(|lifetime| lifetime.end_at_unix_ms != 0)
-            .map(|lifetime| Timestamp::from_unix_ms(lifetime.end_at_unix_ms));
-        let live = live(given)?;
-        let mut row = self
-            .step(&moving, SandboxState::Running, no_reason())
-            .await?;
-        if row.end_at != end_at {
-            let now = Timestamp::now();
-            let idle = row.idle_timeout_secs;
-            let stored = self.store.set_lifetime(row.id, idle, end_at, now).await?;
-            row = stored.unwrap_or(row);
-        }
-        Ok(Moved {
-            sandbox: Sandbox { row, live },
-            now: true,
-            phases: certificate
-                .as_ref()
-                .map(|certificate| phases(&certificate.phases))
-                .unwrap_or_default(),
-            certificate,
-        })
-    }
-
     /// Takes a snapshot of a sandbox, which stays as it is, and calls it `name`.
     pub(crate) async fn take_snapshot(
         self: &Arc<Self>,
         team: TeamId,
         id: SandboxId,
-        kind: SnapshotKind,
-        name: Option<String>,
-        overwrite: bool,
+        take: Take,
     ) -> Result<Taken, Failure> {
+        let Take {
+            kind,
+            name,
+            overwrite,
+            idempotency,
+        } = take;
+        if let Some(key) = &idempotency
+            && let Some(taken) = self.taken_before(team, id, key).await?
+        {
+            return Ok(taken);
+        }
         let row = self.get(team, id).await?.row;
         let name = match name {
             Some(name) => name,
@@ -292,14 +150,7 @@ impl App {
                 }
             }
             SnapshotKind::Checkpoint => {
-                if !overwrite
-                    && self
-                        .store
-                        .checkpoints(id)
-                        .await?
-                        .iter()
-                        .any(|c| c.name == name)
-                {
+                if !overwrite && self.store.checkpoint(id, &name).await?.is_some() {
                     return Err(name_taken(&name));
                 }
             }
@@ -312,6 +163,15 @@ impl App {
                 ..Default::default()
             };
             let held = app.hold_still(&row).await?;
+            let snapshot = Uuid::now_v7();
+            if let Some((key, hash)) = idempotency {
+                let now = Timestamp::now();
+                let reserved = app.store.reserve_key(team, &key, hash, snapshot, now).await;
+                if !matches!(reserved, Ok(true)) {
+                    app.release(held).await?;
+                    return Err(reserved.map_or_else(Failure::from, |_| in_progress()));
+                }
+            }
             let kept = app.kept.read().await;
             let asked = app
                 .host
@@ -319,10 +179,14 @@ impl App {
                 .await;
             let reply = match asked {
                 Ok(reply) => reply.into_owned(),
-                Err(error) => return Err(app.release_after(held, error).await),
+                Err(error) => {
+                    app.store.forget_made(&[snapshot]).await?;
+                    return Err(app.release_after(held, error).await);
+                }
             };
             let taken = reply.snapshot.into_option().unwrap_or_default();
             let new = NewSnapshot {
+                id: snapshot,
                 team,
                 kind,
                 name: name.clone(),
@@ -338,6 +202,7 @@ impl App {
             if !matches!(stored, Ok(Named::New(_))) {
                 // For the host to be told that nobody needs it.
                 app.store.discard_snapshot(new, now).await?;
+                app.store.forget_made(&[snapshot]).await?;
             }
             drop(kept);
             app.release(held).await?;
@@ -350,179 +215,40 @@ impl App {
         .await
     }
 
-    /// A running sandbox is `snapshotting` from now on, a paused one is claimed.
-    async fn hold_still(&self, row: &SandboxRow) -> Result<Held, Failure> {
-        match row.state {
-            SandboxState::Running => {
-                let claim = self.claim(row, "running").await?;
-                let to = SandboxState::Snapshotting;
-                let moving = self.step(row, to, no_reason()).await?;
-                Ok(Held {
-                    before: row.clone(),
-                    moving: Some(moving),
-                    _claim: claim,
-                })
-            }
-            SandboxState::Paused => Ok(Held {
-                before: row.clone(),
-                moving: None,
-                _claim: self.claim(row, "paused").await?,
-            }),
-            _ => Err(wrong_state(row, "running or paused")),
-        }
-    }
-
-    async fn release(&self, held: Held) -> Result<SandboxRow, Failure> {
-        match held.moving {
-            Some(moving) => self.step(&moving, SandboxState::Running, no_reason()).await,
-            None => Ok(held.before),
-        }
-    }
-
-    async fn release_after(&self, held: Held, error: ConnectError) -> Failure {
-        match &held.moving {
-            Some(moving) => self.step_back(moving, &held.before, error).await,
-            None => self.refused(held.before, error).await,
-        }
-    }
-
-    /// Starts `count` new sandboxes as this one is now. Each ends as the parent would, or with
-    /// `secs` so many seconds from now.
-    pub(crate) async fn fork(
-        self: &Arc<Self>,
+    /// What sandboxes can be made from, a page at a time: the team's snapshots, newest first,
+    /// and after them the images' templates by name.
+    pub(crate) async fn list_templates(
+        &self,
         team: TeamId,
-        id: SandboxId,
-        count: u32,
-        secs: Option<u32>,
-    ) -> Result<(Vec<Child>, Vec<Phase>), Failure> {
-        let row = self.get(team, id).await?.row;
-        let app = Arc::clone(self);
-        finish(tokio::spawn(async move {
-            let held = app.hold_still(&row).await?;
-            let now = Timestamp::now();
-            let (idle, end_at) = match secs {
-                Some(secs) => (0, Some(now.plus_secs(i64::from(secs)))),
-                // Of a paused one the end may be over; its children live as long as it would.
-                None => {
-                    let least = now.plus_secs(FORKED_FOR);
-                    let end_at = row.end_at.map(|end| if end < least { least } else { end });
-                    (row.idle_timeout_secs, end_at)
-                }
+        kind: Option<TemplateKind>,
+        after: Option<&TemplateKey>,
+        limit: u32,
+    ) -> Result<Vec<ListedTemplate>, Failure> {
+        let mut listed = Vec::new();
+        let past_snapshots = matches!(after, Some(TemplateKey::Image(_)));
+        if kind != Some(TemplateKind::Base) && !past_snapshots {
+            let after = match after {
+                Some(TemplateKey::Snapshot(id)) => Some(*id),
+                Some(TemplateKey::Image(_)) | None => None,
             };
-            let mut children = Vec::new();
-            let mut claims = Vec::new();
-            for _ in 0..count {
-                let child = SandboxId::new();
-                claims.extend(app.busy.claim(child));
-                let new = NewSandbox {
-                    id: child,
-                    team,
-                    template: row.template.clone(),
-                    shape: row.shape,
-                    metadata: row.metadata.clone(),
-                    idle_timeout_secs: idle,
-                    end_at,
-                    secure: row.secure,
-                    allow_internet: row.allow_internet,
-                    pause_at_end: row.pause_at_end,
-                    auto_resume: row.auto_resume,
-                    idempotency: None,
-                };
-                // Without a key there is none that could be taken.
-                if let Inserted::New(stored) = app.store.insert_sandbox(new, now).await? {
-                    children.push(*stored);
-                }
-            }
-            let request = wire::ForkSandboxRequest {
-                sandbox_id: id.to_string(),
-                child_ids: children.iter().map(|child| child.id.to_string()).collect(),
-                lifetime: lifetime(idle, end_at).into(),
-                ..Default::default()
-            };
-            let asked = app
-                .host
-                .fork_sandbox_with_options(request, options(FORK_WITHIN))
-                .await;
-            let reply = match asked {
-                Ok(reply) => reply.into_owned(),
-                Err(error) => {
-                    for child in &children {
-                        app.give_up(child, error.clone()).await;
-                    }
-                    return Err(app.release_after(held, error).await);
-                }
-            };
-            app.release(held).await?;
-            let mut born: BTreeMap<String, wire::ForkedChild> = reply
-                .children
-                .into_iter()
-                .map(|child| (child.sandbox_id.clone(), child))
-                .collect();
-            let mut made = Vec::new();
-            for child in children {
-                let told = born.remove(&child.id.to_string()).unwrap_or_default();
-                made.push(app.child(child, told).await);
-            }
-            Ok((made, phases(&reply.phases)))
-        }))
-        .await
-    }
-
-    async fn child(&self, row: SandboxRow, told: wire::ForkedChild) -> Child {
-        let Some(live) = live(told.sandbox.into_option())? else {
-            return Err(self.give_up(&row, ConnectError::internal(told.error)).await);
-        };
-        let change = started(&live, self.recent_host().await);
-        let row = self.step(&row, SandboxState::Running, change).await?;
-        let sandbox = Sandbox {
-            row,
-            live: Some(live),
-        };
-        Ok((sandbox, told.certificate.into_option()))
-    }
-
-    /// Puts a sandbox back to one of its checkpoints; it runs afterwards.
-    pub(crate) async fn roll_back(
-        self: &Arc<Self>,
-        team: TeamId,
-        id: SandboxId,
-        checkpoint: &str,
-    ) -> Result<Moved, Failure> {
-        let row = self.get(team, id).await?.row;
-        if !matches!(row.state, SandboxState::Running | SandboxState::Paused) {
-            return Err(wrong_state(&row, "running or paused"));
+            let page = SnapshotPage { after, limit };
+            let rows = self.store.template_snapshots(team, None, None, page);
+            listed.extend(rows.await?.into_iter().map(ListedTemplate::Snapshot));
         }
-        let known = self.store.checkpoints(id).await?;
-        let Some(found) = known.iter().find(|known| known.name == checkpoint) else {
-            let shown: String = checkpoint.chars().take(MAX_NAME).collect();
-            return Err(Failure::not_found(format!(
-                "{id} has no checkpoint `{shown}`"
-            )));
-        };
-        let request = wire::RollbackSandboxRequest {
-            sandbox_id: id.to_string(),
-            snapshot_id: found.host_snapshot.clone(),
-            ..Default::default()
-        };
-        let app = Arc::clone(self);
-        finish(tokio::spawn(async move {
-            let _claim = app.claim(&row, row.state.as_str()).await?;
-            let moving = app.step(&row, SandboxState::Resuming, no_reason()).await?;
-            app.proxy.forget(id);
-            let asked = app
-                .host
-                .rollback_sandbox_with_options(request, options(MOVE_WITHIN))
-                .await;
-            let reply = match asked {
-                Ok(reply) => reply.into_owned(),
-                Err(error) => return Err(app.step_back(&moving, &row, error).await),
+        let room = (limit as usize).saturating_sub(listed.len());
+        if kind != Some(TemplateKind::Snapshot) && room > 0 {
+            let info = self.host_info().await?;
+            let later = |name: &String| match after {
+                Some(TemplateKey::Image(last)) => name > last,
+                Some(TemplateKey::Snapshot(_)) | None => true,
             };
-            app.proxy.forget(id);
-            let certificate = reply.certificate.into_option();
-            app.restored(moving, reply.sandbox.into_option(), certificate)
-                .await
-        }))
-        .await
+            let images = info.templates.iter().filter(|(name, _)| later(name));
+            listed.extend(images.take(room).map(|(name, template)| {
+                let shape = shape_of(template);
+                ListedTemplate::Image(name.clone(), shape)
+            }));
+        }
+        Ok(listed)
     }
 
     /// Deletes a team's template that is a snapshot. Sandboxes made from it live on.
@@ -545,13 +271,17 @@ impl App {
     /// Tells the host of snapshots that were deleted here. What cannot be told now the
     /// reconciler tells later.
     pub(crate) async fn forget_deleted_snapshots(&self) {
+        // Another snapshot that is being taken is not waited for.
+        let Ok(_alone) = self.kept.try_write() else {
+            return;
+        };
         if let Err(error) = self.try_forget_deleted_snapshots().await {
             tracing::warn!(error = %error, "the host was not told of deleted snapshots yet");
         }
     }
 
+    /// While no snapshot is being taken.
     async fn try_forget_deleted_snapshots(&self) -> Result<(), Failure> {
-        let _alone = self.kept.write().await;
         let mut outcome = Ok(());
         for (id, host_snapshot) in self.store.deleted_snapshots().await? {
             let told = match host_snapshot {
@@ -583,20 +313,57 @@ impl App {
         }
     }
 
-    /// Deletes what belonged to sandboxes that have ended; for the reconciler.
-    pub(crate) async fn tidy_snapshots(&self) -> Result<(), Failure> {
+    /// Deletes what belonged to sandboxes that have ended and, with `strays`, what no row
+    /// names; for the reconciler. `false` when snapshots are being taken, which it does not
+    /// wait for long.
+    pub(crate) async fn tidy_snapshots(&self, strays: bool) -> Result<bool, Failure> {
         self.store
             .delete_orphaned_checkpoints(Timestamp::now())
             .await?;
-        self.try_forget_deleted_snapshots().await
+        let Ok(_alone) = tokio::time::timeout(TIDY_WAITS, self.kept.write()).await else {
+            return Ok(false);
+        };
+        let forgotten = self.try_forget_deleted_snapshots().await;
+        if strays {
+            self.delete_strays().await?;
+        }
+        forgotten.map(|()| true)
     }
-}
 
-/// A sandbox that is held while it is saved.
-struct Held {
-    before: SandboxRow,
-    moving: Option<SandboxRow>,
-    _claim: Claim,
+    /// Deletes snapshots that the host keeps and no row names. This server was ended, or gave
+    /// up waiting, while the host took them: whoever asked was told of a failure or nothing at
+    /// all, and its Idempotency-Key is free again. They get [`STRAY_FOR`] of grace. Those of
+    /// sandboxes that are in no database are not ours to delete: it may have been lost.
+    async fn delete_strays(&self) -> Result<(), Failure> {
+        let request = wire::ListSnapshotsRequest::default();
+        let reply = self
+            .host
+            .list_snapshots_with_options(request, options(DELETE_WITHIN))
+            .await?;
+        let named = self.store.named_snapshots().await?;
+        let old = Timestamp::now().plus_secs(-STRAY_FOR);
+        for kept in reply.into_owned().snapshots {
+            let id = kept.snapshot_id;
+            if named.contains(&id) || kept.created_at_unix_ms > old.unix_ms() {
+                continue;
+            }
+            let of = match kept.sandbox_id.parse::<SandboxId>() {
+                Ok(of) => self.store.any_sandbox(of).await?,
+                Err(_) => None,
+            };
+            if of.is_none() {
+                tracing::warn!(snapshot = %id, sandbox = %kept.sandbox_id,
+                    "the host keeps a snapshot of a sandbox that is in no database");
+                continue;
+            }
+            tracing::info!(snapshot = %id, sandbox = %kept.sandbox_id,
+                "the host keeps a snapshot that nobody was told of: deleting it");
+            if let Err(error) = self.delete_on_host(id).await {
+                tracing::warn!(%error, "it could not be deleted yet");
+            }
+        }
+        Ok(())
+    }
 }
 
 fn name_taken(name: &str) -> Failure {
@@ -604,8 +371,4 @@ fn name_taken(name: &str) -> Failure {
         Code::TemplateNameTaken,
         format!("there is a snapshot `{name}` already; choose another name, or overwrite it"),
     )
-}
-
-fn live(given: Option<wire::Sandbox>) -> Result<Option<HostSandbox>, Failure> {
-    Ok(given.map(HostSandbox::try_from).transpose()?)
 }

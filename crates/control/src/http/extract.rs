@@ -23,7 +23,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let path = request.uri().path().to_owned();
+        let target = request.uri().path_and_query().map(ToString::to_string);
         let too_large = || {
             let mib = super::BODY_LIMIT >> 20;
             Failure::new(Code::TooLarge, format!("the body is larger than {mib} MiB"))
@@ -51,7 +51,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
             .map_err(|e| Failure::invalid(format!("the body is not JSON: {e}")))?;
         // Maps are sorted, so the same meaning has the same text.
         let hash = Sha256::new()
-            .chain_update(path)
+            .chain_update(target.unwrap_or_default())
             .chain_update(value.to_string())
             .finalize();
         // From the text, since that error can say where.

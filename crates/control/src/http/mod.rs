@@ -13,6 +13,7 @@ mod extract;
 mod native;
 mod openapi;
 mod prometheus;
+mod page;
 mod timing;
 
 use std::sync::Arc;

@@ -1,6 +1,8 @@
 //! `Server-Timing` (W3C): where the time of an operation went.
 
-use http::{HeaderName, HeaderValue};
+use axum::response::{IntoResponse, Response};
+use http::{HeaderName, HeaderValue, StatusCode};
+use serde::Serialize;
 
 use crate::app::Phase;
 
@@ -26,6 +28,19 @@ pub(crate) fn server_timing(phases: &[Phase]) -> Option<HeaderValue> {
         return None;
     }
     HeaderValue::from_str(&text.join(", ")).ok()
+}
+
+/// An answer that says where its time went.
+pub(crate) fn with_timing(status: StatusCode, body: impl Serialize, phases: &[Phase]) -> Response {
+    timed((status, axum::Json(body)).into_response(), phases)
+}
+
+/// Adds to an answer where its time went.
+pub(crate) fn timed(mut response: Response, phases: &[Phase]) -> Response {
+    if let Some(timing) = server_timing(phases) {
+        response.headers_mut().insert(SERVER_TIMING, timing);
+    }
+    response
 }
 
 #[cfg(test)]

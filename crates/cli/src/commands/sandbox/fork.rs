@@ -14,6 +14,9 @@ pub(crate) struct Args {
     /// How many children
     #[arg(long, default_value_t = 1, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=100))]
     count: u32,
+    /// What to call the child; several are called NAME-1, NAME-2 and so on
+    #[arg(long)]
+    name: Option<String>,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -22,7 +25,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let id = client.find(&args.id).await?;
-    let fork = client.fork(&id, args.count);
+    let fork = client.fork_as(&id, args.count, args.name.as_deref());
     let (children, _) = with_spinner(&context.printer, "forking", fork).await?;
     if args.output.json {
         context.printer.json(&children)?;

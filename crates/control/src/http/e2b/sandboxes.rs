@@ -3,11 +3,9 @@
 use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, State};
-use axum::response::{IntoResponse, Response};
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
+use axum::response::Response;
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 use percent_encoding::percent_decode_str;
 use wrenn_store::{Page, RequestHash, SandboxFilter};
 use wrenn_types::{SandboxId, SandboxState};
@@ -21,7 +19,8 @@ use crate::auth::Principal;
 use crate::http::error::E2bError;
 use crate::http::extract::{Json, Query, idempotency_key, pairs, path_param};
 use crate::http::native::MAX_TIMEOUT_SECS;
-use crate::http::timing::{SERVER_TIMING, server_timing};
+use crate::http::page::{self, Asked};
+use crate::http::timing::with_timing;
 
 /// Seconds a sandbox lives where nothing is said.
 pub(super) const DEFAULT_TIMEOUT_V1: i64 = 15;
@@ -30,8 +29,6 @@ const DEFAULT_TIMEOUT_V2: i64 = 300;
 /// Most of what labels may hold, names and values together.
 const MAX_METADATA_BYTES: usize = 16 * 1024;
 
-const LIMIT: u64 = 100;
-pub(super) const NEXT_TOKEN: HeaderName = HeaderName::from_static("x-next-token");
 const TOTAL_RUNNING: HeaderName = HeaderName::from_static("x-total-running");
 
 /// The states these clients know.
@@ -125,13 +122,8 @@ async fn create(
         idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
     };
     let created = app.create(principal.team, spec).await?;
-    let timing = server_timing(&created.phases);
-    let model = SandboxModel::new(&app.config, created.sandbox);
-    let mut response = (StatusCode::CREATED, axum::Json(model)).into_response();
-    if let Some(timing) = timing {
-        response.headers_mut().insert(SERVER_TIMING, timing);
-    }
-    Ok(response)
+    let body = SandboxModel::new(&app.config, created.sandbox);
+    Ok(with_timing(StatusCode::CREATED, body, &created.phases))
 }
 
 /// Create a sandbox
@@ -218,7 +210,7 @@ async fn connect(
         false => StatusCode::OK,
     };
     let model = SandboxModel::new(&app.config, moved.sandbox);
-    Ok((status, axum::Json(model)).into_response())
+    Ok(with_timing(status, model, &moved.phases))
 }
 
 /// Refuses what would save or restore a disk without its memory.
@@ -286,10 +278,6 @@ fn metadata_filter(query: &Query) -> SandboxFilter {
     }
 }
 
-fn listed(found: &[Sandbox]) -> Vec<ListedSandbox> {
-    found.iter().filter_map(ListedSandbox::new).collect()
-}
-
 /// List the running sandboxes
 #[utoipa::path(
     get, path = "/sandboxes", tag = "e2b",
@@ -314,7 +302,9 @@ pub(super) async fn list_v1(
         descending: true,
     };
     let found = app.list(principal.team, &filter, page).await?;
-    Ok(axum::Json(listed(&found)))
+    Ok(axum::Json(
+        found.iter().filter_map(ListedSandbox::new).collect(),
+    ))
 }
 
 /// List sandboxes (version 2)
@@ -381,21 +371,15 @@ pub(super) async fn list_v2(
         Some("asc") => false,
         Some(_) => return Err(Failure::invalid("order must be asc or desc").into()),
     };
-    let limit = query.number("limit", 1, LIMIT)?.unwrap_or(LIMIT) as u32;
-    let after = match query.get("nextToken").filter(|t| !t.is_empty()) {
-        None => None,
-        Some(token) => Some(cursor(token)?),
-    };
-    // One more than asked for tells whether there are more.
+    let asked = Asked::<SandboxId>::read(&query, &page::E2B)?;
     let page = Page {
-        after,
-        limit: limit + 1,
+        after: asked.after,
+        limit: asked.look_for(),
         descending,
     };
-    let mut found = app.list(principal.team, &filter, page).await?;
-    let more = found.len() > limit as usize;
-    found.truncate(limit as usize);
-    let mut response = axum::Json(listed(&found)).into_response();
+    let found = app.list(principal.team, &filter, page).await?;
+    let key = |sandbox: &Sandbox| sandbox.row.id;
+    let mut response = asked.answer(found, key, |sandbox| ListedSandbox::new(&sandbox));
     let running: Vec<SandboxState> = visible()
         .into_iter()
         .filter(|s| s.as_e2b() == Some("running"))
@@ -406,21 +390,7 @@ pub(super) async fn list_v2(
         .await
         .map_err(Failure::from)?;
     response.headers_mut().insert(TOTAL_RUNNING, total.into());
-    if let Some(last) = found.last().filter(|_| more)
-        && let Ok(token) = HeaderValue::from_str(&BASE64.encode(last.row.id.to_string()))
-    {
-        response.headers_mut().insert(NEXT_TOKEN, token);
-    }
     Ok(response)
-}
-
-fn cursor(token: &str) -> Result<SandboxId, Failure> {
-    let bytes = BASE64
-        .decode(token.trim_end_matches('='))
-        .unwrap_or_default();
-    let text = String::from_utf8(bytes).unwrap_or_default();
-    text.parse()
-        .map_err(|_| Failure::invalid("nextToken must be what X-Next-Token said before"))
 }
 
 /// Look at a sandbox

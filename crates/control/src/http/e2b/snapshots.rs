@@ -5,32 +5,37 @@ use std::sync::Arc;
 
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, StatusCode};
+use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use wrenn_store::{SnapshotKind, SnapshotRow};
-use wrenn_types::SandboxState;
+use uuid::Uuid;
+use wrenn_store::{SnapshotKind, SnapshotPage, SnapshotRow};
+use wrenn_types::{SandboxId, SandboxState};
 
 use super::model::{E2bErrorBody, SandboxModel};
 use super::sandboxes::{
-    Body, DEFAULT_TIMEOUT_V1, Id, NEXT_TOKEN, as_conflict, as_missing, keeps_memory, seconds,
+    Body, DEFAULT_TIMEOUT_V1, Id, as_conflict, as_missing, keeps_memory, seconds,
 };
-use crate::app::{App, Code, Failure};
+use crate::app::{self, App, Code, Failure, Take};
 use crate::auth::Principal;
 use crate::http::error::E2bError;
-use crate::http::extract::Query;
+use crate::http::extract::{Query, idempotency_key};
+use crate::http::page::{self, Asked};
+use crate::http::timing::{timed, with_timing};
 
 /// Most children of one fork.
 const MAX_CHILDREN: i64 = 100;
-/// Entries of a page of snapshots.
-const LIMIT: u64 = 100;
 
 /// How to pause.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 #[schema(as = E2bPause)]
 pub(crate) struct Pause {
     /// Only `true` is offered.
     memory: Option<bool>,
+    /// Always so: a guest that does not answer cannot be paused, and the sandbox runs on.
+    #[allow(dead_code, reason = "either value asks for what is done anyway")]
+    require_healthy_guest: Option<bool>,
 }
 
 /// Pause a sandbox
@@ -50,19 +55,23 @@ pub(super) async fn pause(
     principal: Principal,
     Id(id): Id,
     Body(body, _): Body<Pause>,
-) -> Result<StatusCode, E2bError> {
+) -> Result<Response, E2bError> {
     keeps_memory(body.memory)?;
     let paused = app.pause(principal.team, id).await;
-    paused.map_err(|e| as_conflict(id, e))?;
-    Ok(StatusCode::NO_CONTENT)
+    let moved = paused.map_err(|e| as_conflict(id, e))?;
+    Ok(timed(StatusCode::NO_CONTENT.into_response(), &moved.phases))
 }
 
 /// How to resume.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 #[schema(as = E2bResume)]
 pub(crate) struct Resume {
     /// Seconds from now until it ends.
     timeout: Option<i64>,
+    /// When its time is over it is paused, not ended: as was said when it was created. `true`
+    /// is refused where that was not said; `false` keeps it as it is, and nothing is lost.
+    auto_pause: Option<bool>,
 }
 
 /// Resume a sandbox
@@ -86,7 +95,12 @@ pub(super) async fn resume(
     let secs = seconds(body.timeout.unwrap_or(DEFAULT_TIMEOUT_V1), 1)?;
     // Asked first, for it would live longer by being resumed again.
     let known = app.get(principal.team, id).await;
-    let running = known.map_err(|e| as_missing(id, e))?.row.state == SandboxState::Running;
+    let known = known.map_err(|e| as_missing(id, e))?.row;
+    if body.auto_pause == Some(true) && !known.pause_at_end {
+        let message = "not offered by this server: autoPause of a sandbox that was created without";
+        return Err(Failure::invalid(message).into());
+    }
+    let running = known.state == SandboxState::Running;
     let moved = match running {
         true => None,
         false => Some(app.resume(principal.team, id, Some(secs)).await),
@@ -97,7 +111,7 @@ pub(super) async fn resume(
         return Err(Failure::new(Code::Conflict, message).into());
     };
     let model = SandboxModel::new(&app.config, moved.sandbox);
-    Ok((StatusCode::CREATED, axum::Json(model)).into_response())
+    Ok(with_timing(StatusCode::CREATED, model, &moved.phases))
 }
 
 /// How to fork.
@@ -144,7 +158,8 @@ pub(super) async fn fork(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-    Body(body, _): Body<Fork>,
+    headers: HeaderMap,
+    Body(body, hash): Body<Fork>,
 ) -> Result<Response, E2bError> {
     let secs = seconds(body.timeout.unwrap_or(DEFAULT_TIMEOUT_V1), 1)?;
     let count = match body.count.unwrap_or(1) {
@@ -154,8 +169,14 @@ pub(super) async fn fork(
             return Err(Failure::invalid(message).into());
         }
     };
-    let forked = app.fork(principal.team, id, count, Some(secs)).await;
-    let (children, _) = forked.map_err(|e| as_conflict(id, e))?;
+    let fork = app::Fork {
+        count,
+        name: None,
+        secs: Some(secs),
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let forked = app.fork(principal.team, id, fork).await;
+    let (children, phases) = forked.map_err(|e| as_conflict(id, e))?;
     let child = |child: Result<_, Failure>| match child {
         Ok((sandbox, _)) => Forked {
             sandbox: Some(SandboxModel::new(&app.config, sandbox)),
@@ -170,7 +191,7 @@ pub(super) async fn fork(
         },
     };
     let body: Vec<Forked> = children.into_iter().map(child).collect();
-    Ok((StatusCode::CREATED, axum::Json(body)).into_response())
+    Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
 
 /// How to take a snapshot.
@@ -217,15 +238,21 @@ pub(super) async fn create(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-    Body(body, _): Body<NewSnapshot>,
+    headers: HeaderMap,
+    Body(body, hash): Body<NewSnapshot>,
 ) -> Result<Response, E2bError> {
     keeps_memory(body.memory)?;
     // A name is a new version of what had it before, as with templates.
-    let kind = SnapshotKind::Template;
-    let taken = app.take_snapshot(principal.team, id, kind, body.name, true);
-    let (row, _) = taken.await.map_err(|e| as_conflict(id, e))?;
+    let take = Take {
+        kind: SnapshotKind::Template,
+        name: body.name,
+        overwrite: true,
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let taken = app.take_snapshot(principal.team, id, take).await;
+    let (row, phases) = taken.map_err(|e| as_conflict(id, e))?;
     let body = SnapshotInfo::from(row);
-    Ok((StatusCode::CREATED, axum::Json(body)).into_response())
+    Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
 
 /// List snapshots
@@ -247,26 +274,25 @@ pub(super) async fn list(
     principal: Principal,
     query: Query,
 ) -> Result<Response, E2bError> {
-    let limit = query.number("limit", 1, LIMIT)?.unwrap_or(LIMIT) as usize;
+    let asked = Asked::<Uuid>::read(&query, &page::E2B)?;
     let given = |name| query.get(name).filter(|text: &&str| !text.is_empty());
-    let (of, name, token) = (given("sandboxID"), given("name"), given("nextToken"));
-    let rows = app.store.template_snapshots(principal.team).await;
-    let mut rows = rows.map_err(Failure::from)?;
-    rows.retain(|row| of.is_none_or(|of| row.sandbox.to_string() == of));
-    rows.retain(|row| name.is_none_or(|name| row.name == name));
-    // Newest first, so a page goes on with what is older than the last one of the page before.
-    rows.retain(|row| token.is_none_or(|last| row.id.to_string().as_str() < last));
-    let more = rows.len() > limit;
-    rows.truncate(limit);
-    let last = rows.last().filter(|_| more).map(|row| row.id.to_string());
-    let body: Vec<SnapshotInfo> = rows.into_iter().map(Into::into).collect();
-    let mut response = axum::Json(body).into_response();
-    if let Some(last) = last
-        && let Ok(token) = HeaderValue::from_str(&last)
-    {
-        response.headers_mut().insert(NEXT_TOKEN, token);
-    }
-    Ok(response)
+    // What cannot be an id names no sandbox, and so no snapshot of it.
+    let of = given("sandboxID").map(|of| of.parse::<SandboxId>().ok());
+    let found = match of {
+        Some(None) => Vec::new(),
+        None | Some(Some(_)) => {
+            let page = SnapshotPage {
+                after: asked.after,
+                limit: asked.look_for(),
+            };
+            app.store
+                .template_snapshots(principal.team, of.flatten(), given("name"), page)
+                .await
+                .map_err(Failure::from)?
+        }
+    };
+    let body = |row| Some(SnapshotInfo::from(row));
+    Ok(asked.answer(found, |row| row.id, body))
 }
 
 /// Delete a snapshot

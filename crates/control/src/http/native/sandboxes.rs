@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use wrenn_store::{Page, SandboxFilter};
@@ -17,20 +17,14 @@ use crate::app::{App, Clock, CreateSpec, Failure, Sandbox};
 use crate::auth::Principal;
 use crate::http::ApiError;
 use crate::http::extract::{Id, Json, Query, check_metadata, idempotency_key};
-use crate::http::timing::{SERVER_TIMING, server_timing};
+use crate::http::page::{self, Asked};
+use crate::http::timing::with_timing;
 
 /// Longest lifetime that may be asked for: 30 days.
 pub(in crate::http) const MAX_TIMEOUT_SECS: i64 = 30 * 24 * 3600;
 
 const MAX_METADATA: usize = 20;
 const MAX_METADATA_VALUE: usize = 64;
-
-/// Entries of a list where no limit is given, and at most.
-const LIMIT: u64 = 100;
-const MAX_LIMIT: u64 = 1000;
-
-/// Where a list says how to go on.
-const NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
 
 /// What to create. Everything has a default.
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -82,6 +76,9 @@ pub(crate) struct SandboxBody {
     /// Why, where that was not asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    /// What a fork called it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
     template: String,
     vcpus: u32,
     memory_mb: u32,
@@ -115,6 +112,7 @@ impl From<Sandbox> for SandboxBody {
             id: row.id.to_string(),
             status: row.state.as_str(),
             reason: row.reason,
+            name: row.name,
             template: row.template,
             vcpus: row.shape.vcpus.0,
             memory_mb: row.shape.memory.0,
@@ -193,13 +191,8 @@ pub(super) async fn create(
     let mut spec = spec(body)?;
     spec.idempotency = idempotency_key(&headers)?.map(|key| (key, hash));
     let created = app.create(principal.team, spec).await?;
-    let timing = server_timing(&created.phases);
     let body = SandboxBody::from(created.sandbox);
-    let mut response = (StatusCode::CREATED, axum::Json(body)).into_response();
-    if let Some(timing) = timing {
-        response.headers_mut().insert(SERVER_TIMING, timing);
-    }
-    Ok(response)
+    Ok(with_timing(StatusCode::CREATED, body, &created.phases))
 }
 
 /// List sandboxes
@@ -227,15 +220,7 @@ pub(super) async fn list(
     query: Query,
 ) -> Result<Response, ApiError> {
     query.only(&["state", "template", "limit", "cursor"], Some("metadata."))?;
-    let limit = query.number("limit", 1, MAX_LIMIT)?.unwrap_or(LIMIT);
-    let limit = u32::try_from(limit).unwrap_or(u32::MAX);
-    let after =
-        match query.get("cursor").filter(|c| !c.is_empty()) {
-            None => None,
-            Some(cursor) => Some(cursor.parse::<SandboxId>().map_err(|_| {
-                Failure::invalid("`cursor` must be what `X-Next-Cursor` said before")
-            })?),
-        };
+    let asked = Asked::<SandboxId>::read(&query, &page::NATIVE)?;
     let filter = SandboxFilter {
         states: states(&query)?,
         metadata: query
@@ -248,24 +233,14 @@ pub(super) async fn list(
         template: query.get("template").map(str::to_owned),
         started_after: None,
     };
-    // One more than asked for tells whether there are more.
     let page = Page {
-        after,
-        limit: limit + 1,
+        after: asked.after,
+        limit: asked.look_for(),
         descending: true,
     };
-    let mut found = app.list(principal.team, &filter, page).await?;
-    let more = found.len() > limit as usize;
-    found.truncate(limit as usize);
-    let last = found.last().map(|s| s.row.id.to_string());
-    let body: Vec<SandboxBody> = found.into_iter().map(SandboxBody::from).collect();
-    let mut response = axum::Json(body).into_response();
-    if let Some(last) = last.filter(|_| more)
-        && let Ok(value) = HeaderValue::from_str(&last)
-    {
-        response.headers_mut().insert(NEXT_CURSOR, value);
-    }
-    Ok(response)
+    let found = app.list(principal.team, &filter, page).await?;
+    let body = |sandbox| Some(SandboxBody::from(sandbox));
+    Ok(asked.answer(found, |sandbox| sandbox.row.id, body))
 }
 
 /// The states that are asked for; none asked for means those of a life that goes on.

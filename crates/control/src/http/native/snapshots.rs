@@ -3,19 +3,23 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::response::{IntoResponse, Response};
-use http::StatusCode;
+use axum::response::Response;
+use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use wrenn_store::{SnapshotKind, SnapshotRow};
+use uuid::Uuid;
+use wrenn_store::{SnapshotKind, SnapshotPage, SnapshotRow};
 
 use super::ErrorBody;
 use super::sandboxes::SandboxBody;
-use crate::app::{App, Certificate, Failure, Moved, Phase};
+use crate::app::{
+    App, Certificate, Failure, Fork, ListedTemplate, Moved, Take, TemplateKey, TemplateKind,
+};
 use crate::auth::Principal;
 use crate::http::ApiError;
-use crate::http::extract::{Id, Json, Query};
-use crate::http::timing::{SERVER_TIMING, server_timing};
+use crate::http::extract::{Id, Json, Query, idempotency_key};
+use crate::http::page::{self, Asked};
+use crate::http::timing::with_timing;
 
 /// Most children of one fork.
 const MAX_CHILDREN: u32 = 100;
@@ -69,14 +73,6 @@ pub(crate) struct RestoredBody {
     sandbox: SandboxBody,
     #[serde(skip_serializing_if = "Option::is_none")]
     restore_certificate: Option<RestoreCertificate>,
-}
-
-fn with_timing(status: StatusCode, body: impl Serialize, phases: &[Phase]) -> Response {
-    let mut response = (status, axum::Json(body)).into_response();
-    if let Some(timing) = server_timing(phases) {
-        response.headers_mut().insert(SERVER_TIMING, timing);
-    }
-    response
 }
 
 fn restored(moved: Moved) -> Response {
@@ -142,6 +138,10 @@ pub(crate) struct ForkBody {
     /// How many children; 1 by default, at most 100.
     #[schema(minimum = 1, maximum = 100)]
     count: Option<u32>,
+    /// What to call the child; several are called `name-1`, `name-2` and so on. No two living
+    /// sandboxes of a team have the same name.
+    #[schema(example = "attempt")]
+    name: Option<String>,
 }
 
 /// A child of a fork: a sandbox, or why there is none.
@@ -163,13 +163,17 @@ pub(crate) enum ChildBody {
 /// itself. Each child has its own id, host name, randomness and access token.
 #[utoipa::path(
     post, path = "/v1/sandboxes/{id}/fork", tag = "snapshots", request_body = ForkBody,
-    params(("id" = String, Path, description = "`sb-…`")),
+    params(
+        ("id" = String, Path, description = "`sb-…`"),
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "The same key and body within 24 hours fork once"),
+    ),
     responses(
         (status = 201, description = "The children; `Server-Timing` has `frozen`, for how long the parent stood", body = [ChildBody]),
         (status = 400, description = "Malformed", body = ErrorBody),
         (status = 401, description = "No valid key", body = ErrorBody),
         (status = 404, description = "No such sandbox", body = ErrorBody),
-        (status = 409, description = "It neither runs nor is paused", body = ErrorBody),
+        (status = 409, description = "It neither runs nor is paused, a name is taken, or the key was used for another request", body = ErrorBody),
         (status = 503, description = "No room", body = ErrorBody),
     )
 )]
@@ -177,7 +181,8 @@ pub(super) async fn fork(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-    Json(body, _): Json<ForkBody>,
+    headers: HeaderMap,
+    Json(body, hash): Json<ForkBody>,
 ) -> Result<Response, ApiError> {
     let count = match body.count.unwrap_or(1) {
         count @ 1..=MAX_CHILDREN => count,
@@ -188,7 +193,13 @@ pub(super) async fn fork(
             .into());
         }
     };
-    let (children, phases) = app.fork(principal.team, id, count, None).await?;
+    let fork = Fork {
+        count,
+        name: body.name,
+        secs: None,
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let (children, phases) = app.fork(principal.team, id, fork).await?;
     let child = |child: Result<_, Failure>| match child {
         Ok((sandbox, certificate)) => ChildBody::Born(Box::new(RestoredBody {
             sandbox: SandboxBody::from(sandbox),
@@ -238,7 +249,11 @@ impl From<SnapshotRow> for CheckpointBody {
 #[utoipa::path(
     post, path = "/v1/sandboxes/{id}/checkpoints", tag = "snapshots",
     request_body = CheckpointRequest,
-    params(("id" = String, Path, description = "`sb-…`")),
+    params(
+        ("id" = String, Path, description = "`sb-…`"),
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "The same key and body within 24 hours take one checkpoint"),
+    ),
     responses(
         (status = 201, description = "It is taken", body = CheckpointBody),
         (status = 400, description = "Malformed", body = ErrorBody),
@@ -251,11 +266,16 @@ pub(super) async fn checkpoint(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-    Json(body, _): Json<CheckpointRequest>,
+    headers: HeaderMap,
+    Json(body, hash): Json<CheckpointRequest>,
 ) -> Result<Response, ApiError> {
-    let kind = SnapshotKind::Checkpoint;
-    let taken = app.take_snapshot(principal.team, id, kind, body.name, false);
-    let (row, phases) = taken.await?;
+    let take = Take {
+        kind: SnapshotKind::Checkpoint,
+        name: body.name,
+        overwrite: false,
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let (row, phases) = app.take_snapshot(principal.team, id, take).await?;
     let body = CheckpointBody::from(row);
     Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
@@ -263,10 +283,14 @@ pub(super) async fn checkpoint(
 /// List a sandbox's checkpoints
 #[utoipa::path(
     get, path = "/v1/sandboxes/{id}/checkpoints", tag = "snapshots",
-    params(("id" = String, Path, description = "`sb-…`")),
+    params(
+        ("id" = String, Path, description = "`sb-…`"),
+        ("limit" = Option<u32>, Query, description = "1 to 1000, 100 by default"),
+        ("cursor" = Option<String>, Query, description = "What `X-Next-Cursor` said before"),
+    ),
     responses(
-        (status = 200, description = "Newest first", body = [CheckpointBody]),
-        (status = 400, description = "Malformed id", body = ErrorBody),
+        (status = 200, description = "Newest first, with `X-Next-Cursor` if there are more", body = [CheckpointBody]),
+        (status = 400, description = "Malformed", body = ErrorBody),
         (status = 401, description = "No valid key", body = ErrorBody),
         (status = 404, description = "No such sandbox", body = ErrorBody),
     )
@@ -275,10 +299,18 @@ pub(super) async fn checkpoints(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
-) -> Result<axum::Json<Vec<CheckpointBody>>, ApiError> {
+    query: Query,
+) -> Result<Response, ApiError> {
+    query.only(&["limit", "cursor"], None)?;
+    let asked = Asked::<Uuid>::read(&query, &page::NATIVE)?;
     app.row(principal.team, id).await?;
-    let rows = app.store.checkpoints(id).await.map_err(Failure::from)?;
-    Ok(axum::Json(rows.into_iter().map(Into::into).collect()))
+    let page = SnapshotPage {
+        after: asked.after,
+        limit: asked.look_for(),
+    };
+    let found = app.store.checkpoints(id, page).await;
+    let body = |row| Some(CheckpointBody::from(row));
+    Ok(asked.answer(found.map_err(Failure::from)?, |row| row.id, body))
 }
 
 /// Where to go back to.
@@ -324,19 +356,26 @@ pub(crate) struct SnapshotRequest {
     name: Option<String>,
 }
 
-/// A template that is a snapshot.
+/// A template.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct SnapshotBody {
     name: String,
-    /// Always `snapshot`.
+    /// `snapshot`, or `base` for an image's.
     #[serde(rename = "type")]
+    #[schema(example = "snapshot")]
     kind: &'static str,
     vcpus: u32,
     memory_mb: u32,
-    size_bytes: u64,
+    /// Of a snapshot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size_bytes: Option<u64>,
+    /// Of a snapshot.
     #[schema(format = DateTime)]
-    created_at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    created_at: Option<String>,
+    /// Everybody's, not the team's.
     platform: bool,
+    /// It cannot be deleted here.
     protected: bool,
 }
 
@@ -347,10 +386,28 @@ impl From<SnapshotRow> for SnapshotBody {
             kind: "snapshot",
             vcpus: row.shape.vcpus.0,
             memory_mb: row.shape.memory.0,
-            size_bytes: row.size_bytes,
-            created_at: row.created_at.to_string(),
+            size_bytes: Some(row.size_bytes),
+            created_at: Some(row.created_at.to_string()),
             platform: false,
             protected: false,
+        }
+    }
+}
+
+impl From<ListedTemplate> for SnapshotBody {
+    fn from(template: ListedTemplate) -> Self {
+        match template {
+            ListedTemplate::Snapshot(row) => row.into(),
+            ListedTemplate::Image(name, shape) => SnapshotBody {
+                name,
+                kind: "base",
+                vcpus: shape.vcpus.0,
+                memory_mb: shape.memory.0,
+                size_bytes: None,
+                created_at: None,
+                platform: true,
+                protected: true,
+            },
         }
     }
 }
@@ -361,7 +418,11 @@ impl From<SnapshotRow> for SnapshotBody {
 /// is.
 #[utoipa::path(
     post, path = "/v1/snapshots", tag = "snapshots", request_body = SnapshotRequest,
-    params(("overwrite" = Option<bool>, Query, description = "Take the name from the template that has it")),
+    params(
+        ("overwrite" = Option<bool>, Query, description = "Take the name from the template that has it"),
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "The same key and body within 24 hours make one template"),
+    ),
     responses(
         (status = 201, description = "It can be started from", body = SnapshotBody),
         (status = 400, description = "Malformed", body = ErrorBody),
@@ -374,7 +435,8 @@ pub(super) async fn create(
     State(app): State<Arc<App>>,
     principal: Principal,
     query: Query,
-    Json(body, _): Json<SnapshotRequest>,
+    headers: HeaderMap,
+    Json(body, hash): Json<SnapshotRequest>,
 ) -> Result<Response, ApiError> {
     query.only(&["overwrite"], None)?;
     let overwrite = match query.get("overwrite") {
@@ -384,37 +446,52 @@ pub(super) async fn create(
     };
     let parsed = body.sandbox_id.parse();
     let id = parsed.map_err(|e: wrenn_types::IdError| Failure::invalid(e.to_string()))?;
-    let kind = SnapshotKind::Template;
-    let taken = app.take_snapshot(principal.team, id, kind, body.name, overwrite);
-    let (row, phases) = taken.await?;
+    let take = Take {
+        kind: SnapshotKind::Template,
+        name: body.name,
+        overwrite,
+        idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
+    };
+    let (row, phases) = app.take_snapshot(principal.team, id, take).await?;
     let body = SnapshotBody::from(row);
     Ok(with_timing(StatusCode::CREATED, body, &phases))
 }
 
-/// List templates that are snapshots
+/// List templates
+///
+/// The team's snapshots, newest first, and after them the images' templates by name.
 #[utoipa::path(
     get, path = "/v1/snapshots", tag = "snapshots",
-    params(("type" = Option<String>, Query, description = "Only `snapshot` has any")),
+    params(
+        ("type" = Option<String>, Query, description = "Only `snapshot` or only `base`, the images'"),
+        ("limit" = Option<u32>, Query, description = "1 to 1000, 100 by default"),
+        ("cursor" = Option<String>, Query, description = "What `X-Next-Cursor` said before"),
+    ),
     responses(
-        (status = 200, description = "Newest first", body = [SnapshotBody]),
+        (status = 200, description = "With `X-Next-Cursor` if there are more", body = [SnapshotBody]),
+        (status = 400, description = "Malformed", body = ErrorBody),
         (status = 401, description = "No valid key", body = ErrorBody),
+        (status = 503, description = "The host does not answer", body = ErrorBody),
     )
 )]
 pub(super) async fn list(
     State(app): State<Arc<App>>,
     principal: Principal,
     query: Query,
-) -> Result<axum::Json<Vec<SnapshotBody>>, ApiError> {
-    query.only(&["type"], None)?;
-    if query
-        .get("type")
-        .is_some_and(|kind| !matches!(kind, "" | "snapshot"))
-    {
-        return Ok(axum::Json(Vec::new()));
-    }
-    let rows = app.store.template_snapshots(principal.team).await;
-    let rows = rows.map_err(Failure::from)?;
-    Ok(axum::Json(rows.into_iter().map(Into::into).collect()))
+) -> Result<Response, ApiError> {
+    query.only(&["type", "limit", "cursor"], None)?;
+    let kind = match query.get("type") {
+        None | Some("") => None,
+        Some("snapshot") => Some(TemplateKind::Snapshot),
+        Some("base") => Some(TemplateKind::Base),
+        Some(_) => return Err(Failure::invalid("`type` must be `snapshot` or `base`").into()),
+    };
+    let asked = Asked::<TemplateKey>::read(&query, &page::NATIVE)?;
+    let (after, limit) = (asked.after.as_ref(), asked.look_for());
+    let found = app.list_templates(principal.team, kind, after, limit);
+    let found = found.await?;
+    let body = |template| Some(SnapshotBody::from(template));
+    Ok(asked.answer(found, ListedTemplate::key, body))
 }
 
 /// Delete a template that is a snapshot
