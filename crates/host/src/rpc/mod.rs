@@ -3,6 +3,7 @@
 
 mod exec;
 mod files;
+mod network;
 mod sandboxes;
 mod service;
 mod snapshots;
@@ -74,6 +75,7 @@ impl From<SandboxError> for ConnectError {
             SandboxError::ForeignSnapshot { .. } => {
                 return with_reason(ConnectError::not_found(text), "snapshot_not_found");
             }
+            SandboxError::Network(_) => return ConnectError::invalid_argument(text),
             SandboxError::Ending => ConnectError::unavailable(text.clone()),
             _ => ConnectError::internal(text.clone()),
         };

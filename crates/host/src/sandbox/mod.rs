@@ -3,6 +3,7 @@
 mod handle;
 mod journal;
 mod manager;
+mod network;
 mod owner;
 mod paused;
 mod transitions;
@@ -10,6 +11,7 @@ mod transitions;
 pub use handle::{Certificate, Handle, Order};
 pub use journal::Journal;
 pub use manager::{CreateSandbox, Manager};
+pub use network::NetworkRules;
 pub use owner::Common;
 pub use paused::Paused;
 
@@ -76,6 +78,9 @@ pub enum SandboxError {
         /// What was asked for.
         snapshot: SnapshotId,
     },
+    /// What it is to reach cannot be read.
+    #[error(transparent)]
+    Network(#[from] wrenn_net::PolicyError),
     /// Something was cut short.
     #[error("{0}")]
     Broken(String),
