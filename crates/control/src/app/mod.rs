@@ -6,6 +6,7 @@ mod failure;
 mod files;
 mod info;
 mod keys;
+mod network;
 mod sandboxes;
 mod snapshots;
 

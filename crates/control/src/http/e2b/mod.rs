@@ -1,6 +1,7 @@
 //! What E2B's clients call, at the root of this server. Only a translation.
 
 mod model;
+mod network;
 mod sandboxes;
 mod snapshots;
 mod unsupported;
@@ -25,6 +26,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sandboxes::set_timeout))
         .routes(routes!(sandboxes::refresh))
         .routes(routes!(sandboxes::logs))
+        .routes(routes!(network::put))
         .routes(routes!(snapshots::pause))
         .routes(routes!(snapshots::resume))
         .routes(routes!(snapshots::fork))

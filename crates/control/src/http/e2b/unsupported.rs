@@ -10,10 +10,9 @@ use axum::routing::any;
 use crate::app::{App, Code, Failure};
 use crate::http::error::E2bError;
 
-const ROUTES: [&str; 23] = [
+const ROUTES: [&str; 22] = [
     "/sandboxes/metrics",
     "/sandboxes/{id}/metrics",
-    "/sandboxes/{id}/network",
     "/v2/sandboxes/{id}/logs",
     "/templates",
     "/templates/tags",

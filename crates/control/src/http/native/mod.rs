@@ -4,6 +4,7 @@ mod exec;
 mod files;
 mod keys;
 mod messages;
+mod network;
 mod processes;
 mod pty;
 mod sandboxes;
@@ -26,6 +27,8 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sandboxes::get, sandboxes::destroy))
         .routes(routes!(sandboxes::ping))
         .routes(routes!(sandboxes::logs))
+        .routes(routes!(network::get, network::put))
+        .routes(routes!(network::denials))
         .routes(routes!(snapshots::pause))
         .routes(routes!(snapshots::resume))
         .routes(routes!(snapshots::fork))
