@@ -9,6 +9,7 @@ pub(crate) mod inspect;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod logs;
+pub(crate) mod network;
 pub(crate) mod pause;
 pub(crate) mod shell;
 
@@ -50,6 +51,10 @@ pub(crate) enum Command {
     Rollback(checkpoint::RollbackArgs),
     /// Show the log of a sandbox's console, where its kernel and guest agent write
     Logs(logs::Args),
+    /// Show or change what a sandbox may reach, connections that are open included
+    Network(network::Args),
+    /// List what a sandbox tried to reach and was refused
+    Denials(network::DenialsArgs),
 }
 
 impl Command {
@@ -65,6 +70,8 @@ impl Command {
             Command::Checkpoint(args) => args.output.json,
             Command::Checkpoints(args) => args.output.json,
             Command::Rollback(args) => args.output.json,
+            Command::Network(args) => args.output.json,
+            Command::Denials(args) => args.output.json,
             Command::Exec(_) | Command::Shell(_) | Command::Cp(_) | Command::Logs(_) => false,
         }
     }
@@ -86,6 +93,8 @@ impl Command {
             Command::Checkpoints(args) => checkpoint::list(args, context).await,
             Command::Rollback(args) => checkpoint::rollback(args, context).await,
             Command::Logs(args) => logs::run(args, context).await,
+            Command::Network(args) => network::run(args, context).await,
+            Command::Denials(args) => network::denials(args, context).await,
         }
     }
 }
