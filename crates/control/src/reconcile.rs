@@ -145,6 +145,7 @@ mod tests {
             end_at: None,
             access_token: None,
             envd_version: String::new(),
+            network: crate::host::NetworkRules::default(),
         }
     }
 
