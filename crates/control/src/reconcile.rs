@@ -180,6 +180,7 @@ mod tests {
             end_at: None,
             access_token: None,
             envd_version: String::new(),
+            network: crate::host::NetworkRules::default(),
         }
     }
 

@@ -265,8 +265,24 @@ async fn what_is_not_offered_is_refused_by_name() {
             "network.allowPublicTraffic",
         ),
         (
-            json!({"templateID": "base", "network": {"denyOut": ["0.0.0.0/0"]}}),
+            json!({"templateID": "base", "network": {"rules": {"a.example": [{}, {"transform": {"headers": {"x": "y"}}}]}}}),
+            "network.rules",
+        ),
+        (
+            json!({"templateID": "base", "network": {"egressProxy": {"address": "1.2.3.4:80"}}}),
+            "network.egressProxy",
+        ),
+        (
+            json!({"templateID": "base", "network": {"dnsServers": ["1.1.1.1"]}}),
+            "network.dnsServers",
+        ),
+        (
+            json!({"templateID": "base", "network": {"denyOut": "0.0.0.0/0"}}),
             "network.denyOut",
+        ),
+        (
+            json!({"templateID": "base", "network": {"allowOut": ["pypi.org"]}}),
+            "0.0.0.0/0",
         ),
         (
             json!({"templateID": "base", "volumeMounts": [{"name": "a", "path": "/b"}]}),
@@ -292,7 +308,6 @@ async fn what_is_not_offered_is_refused_by_name() {
     assert_eq!((status, &answer["code"]), (404, &json!(404)));
     let id = "sb-0192f0c8-6a3e-7c3a-9d1e-5b8f3c2a1d00";
     for (method, path) in [
-        ("PUT", format!("/sandboxes/{id}/network")),
         ("GET", format!("/sandboxes/{id}/metrics")),
         ("GET", "/sandboxes/metrics".into()),
         ("GET", "/templates".into()),

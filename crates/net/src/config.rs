@@ -123,6 +123,28 @@ impl FromStr for Ipv4Net {
     }
 }
 
+/// What one guest may use of the network outside. `None` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at the same time, and what UDP has instead: pairs of ports that have spoken.
+    pub connections: Option<u32>,
+    /// New connections per second; twice as many at once.
+    pub connections_per_sec: Option<u32>,
+    /// Bytes per second in each direction. What comes faster is dropped, and TCP adapts.
+    pub bytes_per_sec: Option<u64>,
+}
+
+impl Default for Limits {
+    /// Far above what programs use, far below what hurts the host; no limit of bandwidth.
+    fn default() -> Self {
+        Self {
+            connections: Some(4096),
+            connections_per_sec: Some(1000),
+            bytes_per_sec: None,
+        }
+    }
+}
+
 /// Settings of the slot pool.
 #[derive(Debug, Clone)]
 pub struct NetConfig {
@@ -143,6 +165,8 @@ pub struct NetConfig {
     pub max_slots: usize,
     /// Whether a fresh slot may reach the public internet.
     pub internet: bool,
+    /// What one guest may use of the network.
+    pub limits: Limits,
     /// Networks that guests may reach although they are in a range that is denied to them, for
     /// example a package mirror at 10.1.2.3/32. The host's own addresses stay closed.
     pub open: Vec<Ipv4Net>,
@@ -158,6 +182,7 @@ impl NetConfig {
             ready: 4,
             max_slots: 1024,
             internet: true,
+            limits: Limits::default(),
             open: Vec::new(),
         }
     }
@@ -190,6 +215,17 @@ impl NetConfig {
                     self.subnet,
                     room.min(99_999)
                 ),
+            );
+        }
+        let Limits {
+            connections,
+            connections_per_sec,
+            bytes_per_sec,
+        } = self.limits;
+        if connections == Some(0) || connections_per_sec == Some(0) || bytes_per_sec == Some(0) {
+            return bad(
+                "limits",
+                "a limit of 0 would close the network: turn the internet off instead".to_owned(),
             );
         }
         if self.ready > self.max_slots {
@@ -289,6 +325,7 @@ mod tests {
         assert!(with(|c| c.name_prefix = "tenletters".into()).contains("name_prefix"));
         assert!(with(|c| c.max_slots = 40_000).contains("32766"));
         assert!(with(|c| c.ready = 2_000).contains("ready"));
+        assert!(with(|c| c.limits.connections = Some(0)).contains("limits"));
         assert!(with(|c| c.subnet = Ipv4Net::fixed(169, 254, 0, 0, 16)).contains("subnet"));
     }
 }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! [`SlotPool`] keeps slots ready, hands them out and recycles them. A [`Slot`] gives QEMU its
-//! tap ([`Slot::open_tap`]), the [`relay`] its sockets ([`Slot::dns_sockets`]), and the agent
+//! tap ([`Slot::open_tap`]), the [`relay`] its sockets ([`Slot::relay`]), and the agent
 //! its only way into the guest ([`Slot::guest`]): connections from sockets inside the
 //! namespace, so that nothing else on the host can reach a guest.
 //!
@@ -21,16 +21,21 @@
 //! that dies leaves its slots to the machines that use them; the next one adopts those
 //! ([`SlotPool::adopt`]) and sweeps the rest ([`SlotPool::sweep`]).
 //!
-//! What guests may reach is in `policy.rs`, the only file that knows.
+//! What guests may reach is in `policy.rs`, the only file that knows. Each slot can be told to
+//! let through less, or only this and that ([`NetworkPolicy`]), at any time; what was refused
+//! can be read ([`Slot::denials`]).
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod config;
+mod denials;
+mod egress;
 mod error;
 mod host;
 mod netlink;
 mod netns;
 mod nft;
+mod notice;
 mod plumbing;
 mod policy;
 mod pool;
@@ -41,10 +46,11 @@ mod sweep;
 mod sys;
 
 pub use config::{
-    GATEWAY_ADDR, GATEWAY_MAC, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX_LEN, Ipv4Net, NetConfig,
+    GATEWAY_ADDR, GATEWAY_MAC, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX_LEN, Ipv4Net, Limits, NetConfig,
 };
+pub use denials::{AT_WITHIN, Denial, Reason};
+pub use egress::{MOST_ENTRIES, NamePattern, NetworkPolicy, PolicyError};
 pub use error::NetError;
-pub use plumbing::DnsSockets;
 pub use pool::{PoolStats, SlotPool};
 pub use slot::{GuestDialer, Slot};
 pub use sweep::SweepReport;

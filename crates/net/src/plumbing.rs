@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,10 +16,13 @@ use rustix::io::Errno;
 use crate::config::{
     GATEWAY_ADDR, GATEWAY_MAC, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX_LEN, NetConfig,
 };
+use crate::denials::{self, Denial};
+use crate::egress::NetworkPolicy;
 use crate::error::{FLUSH_CONNTRACK, LOAD_RULES, MAKE_VETH, NetError, OPEN_TAP};
 use crate::netlink::Socket;
 use crate::netns::{self, Namespace};
-use crate::policy::{self, DNS_PORT, OUT, TAP};
+use crate::notice::{self, Notice};
+use crate::policy::{self, DNS_PORT, OPENINGS_PORT, OUT, TAP};
 use crate::{nft, route, sys};
 
 /// How long a tap may stay open after its slot was given back: the time a killed QEMU needs
@@ -34,6 +38,8 @@ pub(crate) struct Plumbing {
     pub(crate) namespace: Arc<Namespace>,
     /// Sockets of the slot's namespace; through them it is changed without entering it.
     sockets: Mutex<Sockets>,
+    /// Where the relay reads what is in force.
+    notice: PathBuf,
 }
 
 #[derive(Debug)]
@@ -41,8 +47,8 @@ struct Sockets {
     netfilter: Socket,
     route: Socket,
     tap: u32,
-    /// `None` if an earlier agent made the slot.
-    internet: Option<bool>,
+    /// `None` if nobody knows: an agent died while it changed the policy.
+    policy: Option<NetworkPolicy>,
 }
 
 /// Settings of a slot's namespace: file under `/proc/sys/net`, value.
@@ -103,10 +109,11 @@ pub(crate) fn make(config: &NetConfig, index: u32) -> Result<Plumbing, NetError>
             outside: config.slot_addrs(index).1,
             namespace: Arc::new(namespace),
             sockets: Mutex::new(sockets),
+            notice: notice::path_of(config, &name),
             name,
         }),
         Err(error) => {
-            if let Err(undo) = unmake(&mut host_route, &name) {
+            if let Err(undo) = unmake(config, &mut host_route, &name) {
                 tracing::warn!(slot = name, error = %undo, "a half-made slot stays until the next sweep");
             }
             Err(error)
@@ -129,9 +136,13 @@ fn fill(
 
     // Rules first: at no moment is there a link without them. They also load connection
     // tracking, whose settings would not be there otherwise.
-    policy::slot_table(config)
+    let policy = NetworkPolicy::of_fresh_slot(config);
+    let generation = new_generation().map_err(|e| step("number the policy", e))?;
+    policy::slot_table(config, &policy, generation)
         .commit(&mut netfilter)
         .map_err(|e| step(LOAD_RULES, e))?;
+    let notice = Notice::new(config, policy.clone(), generation);
+    notice::write(&notice::path_of(config, name), &notice).map_err(|e| step(WRITE_NOTICE, e))?;
     apply_settings()?;
 
     let tap = sys::open_tap(TAP).map_err(|e| step(OPEN_TAP, e))?;
@@ -161,7 +172,7 @@ fn fill(
         netfilter,
         route,
         tap,
-        internet: Some(config.internet),
+        policy: Some(policy),
     })
 }
 
@@ -185,6 +196,7 @@ pub(crate) fn open(config: &NetConfig, index: u32) -> Result<Plumbing, NetError>
     let route = Socket::route().map_err(|e| step("open a netlink socket", e))?;
     let netfilter = Socket::netfilter().map_err(|e| step("open a netfilter socket", e))?;
     let tap = route::link_index(&route, TAP).map_err(|e| step("find the slot's tap device", e))?;
+    let notice = notice::path_of(config, &name);
     Ok(Plumbing {
         index,
         outside: config.slot_addrs(index).1,
@@ -193,44 +205,99 @@ pub(crate) fn open(config: &NetConfig, index: u32) -> Result<Plumbing, NetError>
             netfilter,
             route,
             tap,
-            internet: None,
+            policy: notice::read(&notice).map(|notice| notice.policy),
         }),
+        notice,
         name,
     })
 }
 
-/// The sockets a slot's resolver relay answers on.
-#[derive(Debug)]
-pub struct DnsSockets {
-    /// Bound to 169.254.0.22:53, UDP.
-    pub udp: OwnedFd,
-    /// Listening on 169.254.0.22:53, TCP.
-    pub tcp: OwnedFd,
+const FORGET_REFUSALS: &str = "forget what was refused to the last guest";
+const WRITE_NOTICE: &str = "note the slot's policy for its resolver relay";
+
+/// What a policy is known by in the firewall and to the relay: random, so that it is no other
+/// agent's either.
+fn new_generation() -> io::Result<u32> {
+    Ok(u32::from_ne_bytes(sys::random()?))
 }
 
-/// Binds the resolver's sockets in the calling thread's namespace.
-pub(crate) fn bind_dns() -> io::Result<DnsSockets> {
-    let addr = (IpAddr::V4(GATEWAY_ADDR), DNS_PORT);
-    Ok(DnsSockets {
-        udp: UdpSocket::bind(addr)?.into(),
-        tcp: TcpListener::bind(addr)?.into(),
-    })
+/// Binds the resolver's sockets in the calling thread's namespace: UDP, TCP, and the one from
+/// which addresses are opened.
+pub(crate) fn bind_dns() -> io::Result<(UdpSocket, TcpListener, UdpSocket)> {
+    let addr = IpAddr::V4(GATEWAY_ADDR);
+    Ok((
+        UdpSocket::bind((addr, DNS_PORT))?,
+        TcpListener::bind((addr, DNS_PORT))?,
+        UdpSocket::bind((addr, OPENINGS_PORT))?,
+    ))
+}
+
+impl NetworkPolicy {
+    /// That of a slot nobody has taken yet.
+    pub(crate) fn of_fresh_slot(config: &NetConfig) -> Self {
+        Self {
+            internet: config.internet,
+            ..Self::default()
+        }
+    }
 }
 
 impl Plumbing {
-    /// Turns the public internet on or off.
-    pub(crate) fn set_internet(&self, config: &NetConfig, on: bool) -> Result<(), NetError> {
+    /// The notice, opened for the relay.
+    pub(crate) fn open_notice(&self) -> io::Result<fs::File> {
+        fs::File::open(&self.notice)
+    }
+
+    /// Puts a policy in force.
+    pub(crate) fn set_policy(
+        &self,
+        config: &NetConfig,
+        policy: &NetworkPolicy,
+    ) -> Result<(), NetError> {
+        let step = |step, error| NetError::step(step, self.name.clone(), error);
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
-        if sockets.internet == Some(on) {
+        if sockets.policy.as_ref() == Some(policy) {
             return Ok(());
         }
-        policy::slot_internet(config, on)
-            .commit(&mut sockets.netfilter)
-            .map_err(|e| {
-                NetError::step("change the slot's firewall rules", self.name.clone(), e)
-            })?;
-        sockets.internet = Some(on);
+        let generation = new_generation().map_err(|e| step("number the policy", e))?;
+        // What was opened by a name stays open if that name may still be reached.
+        let forget_names = !sockets.policy.as_ref().is_some_and(|before| {
+            let now = &policy.allow_names;
+            before.allow_names.iter().all(|name| now.contains(name))
+        });
+        let changed = policy::slot_change(config, policy, generation, forget_names)
+            .commit(&mut sockets.netfilter);
+        match changed {
+            // A table of an earlier version of this program, without the sets.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                policy::slot_table(config, policy, generation)
+                    .commit(&mut sockets.netfilter)
+                    .map_err(|e| step(LOAD_RULES, e))?;
+            }
+            changed => {
+                changed.map_err(|e| step("change the slot's firewall rules", e))?;
+            }
+        }
+        // Until the notice is written too nobody can say what is in force.
+        sockets.policy = None;
+        let notice = Notice::new(config, policy.clone(), generation);
+        notice::write(&self.notice, &notice).map_err(|e| step(WRITE_NOTICE, e))?;
+        sockets.policy = Some(policy.clone());
         Ok(())
+    }
+
+    /// What was refused to the guest, by the slot's table and by the host's. To be called in
+    /// the host's namespace.
+    pub(crate) fn denials(&self, config: &NetConfig) -> Result<Vec<Denial>, NetError> {
+        let step = |error| NetError::step("list what was refused", self.name.clone(), error);
+        let table = &config.name_prefix;
+        let mut found = {
+            let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+            denials::of_slot(&mut sockets.netfilter, table).map_err(step)?
+        };
+        let mut host = Socket::netfilter().map_err(step)?;
+        found.extend(denials::of_host(&mut host, table, self.outside).map_err(step)?);
+        Ok(found)
     }
 
     /// Makes the slot as good as new: nobody on its tap, the policy as configured, every
@@ -252,15 +319,28 @@ impl Plumbing {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        self.set_internet(config, config.internet)?;
+        self.set_policy(config, &NetworkPolicy::of_fresh_slot(config))?;
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
-        nft::flush_connections(&mut sockets.netfilter).map_err(|e| step(FLUSH_CONNTRACK, e))
+        nft::flush_connections(&mut sockets.netfilter).map_err(|e| step(FLUSH_CONNTRACK, e))?;
+        // After that nothing of the last tenant can be refused any more.
+        policy::forget_refusals(config)
+            .commit(&mut sockets.netfilter)
+            .map_err(|e| step(FORGET_REFUSALS, e))?;
+        Socket::netfilter()
+            .and_then(|mut host| {
+                denials::forget_of_host(&mut host, &config.name_prefix, self.outside)
+            })
+            .map_err(|e| step(FORGET_REFUSALS, e))
     }
 }
 
 /// Removes the kernel objects of the slot `name`, as far as they exist. The namespace itself
 /// goes when its last descriptor is closed.
-pub(crate) fn unmake(host_route: &mut Socket, name: &str) -> Result<(), NetError> {
+pub(crate) fn unmake(
+    config: &NetConfig,
+    host_route: &mut Socket,
+    name: &str,
+) -> Result<(), NetError> {
     let step = |step, error| NetError::step(step, name.to_owned(), error);
     let gone = |error: &io::Error| error.raw_os_error() == Some(Errno::NODEV.raw_os_error());
     match route::link_index(host_route, name) {
@@ -271,12 +351,14 @@ pub(crate) fn unmake(host_route: &mut Socket, name: &str) -> Result<(), NetError
         Err(error) if gone(&error) => {}
         Err(error) => return Err(step("find the slot's link", error)),
     }
+    notice::remove(&notice::path_of(config, name))
+        .map_err(|e| step("remove the note of the slot's policy", e))?;
     netns::remove(name).map_err(|e| step("remove the network namespace", e))
 }
 
 /// [`unmake`] with a socket of its own, from a thread in the host's namespace.
-pub(crate) fn remove(name: &str) -> Result<(), NetError> {
+pub(crate) fn remove(config: &NetConfig, name: &str) -> Result<(), NetError> {
     let mut host_route =
         Socket::route().map_err(|e| NetError::step("open a netlink socket", name.to_owned(), e))?;
-    unmake(&mut host_route, name)
+    unmake(config, &mut host_route, name)
 }

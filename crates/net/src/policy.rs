@@ -5,15 +5,35 @@
 //! knows the host (its own addresses, and what it translates to others, such as a published
 //! container port that looks public before routing).
 //!
+//! The slot's table also knows what the sandbox's owner wishes ([`NetworkPolicy`]). Its chains
+//! `egress`, `ingress`, `resolver` and `openings` and its sets `allow` and `deny` are what a
+//! change rewrites, in one transaction. They look at every packet, not only at a connection's
+//! first, so that a change cuts what is open.
+//!
+//! Whatever is refused is noted in sets, by destination, port and reason, with a counter and a
+//! lifetime that each refusal renews: the kernel keeps the list, and it is read when somebody
+//! asks ([`crate::denials`]).
+//!
+//! An address that a name on the allow list was resolved to is opened by the resolver relay,
+//! which has no rights: it sends a datagram that carries the address and the number of the
+//! policy in force, from a port of the slot that only it has, and the chain `openings` puts the
+//! address into the set `names` and drops the datagram. What a guest sends never passes there.
+//!
 //! ```text
 //!  guest ──▶ tap0 │ slot: prerouting ─ forward ─ egress ─ masquerade │ out0 ──▶ wrenn-7 │ host
 //!                 │        └ input: resolver only                    │   forward, input, masquerade
 //! ```
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use crate::config::{GATEWAY_ADDR, GUEST_ADDR, Ipv4Net, NetConfig};
-use crate::nft::{Batch, CT_INVALID, CT_KNOWN, Chain, Hook, Must, Rule, Side, TCP, UDP};
+use crate::denials::Reason;
+use crate::egress::{NetworkPolicy, Resolves};
+use crate::nft::{
+    Batch, CT_ESTABLISHED, CT_INVALID, CT_KNOWN, CT_NEW, Chain, Field, Hook, Must, Rule, Side, TCP,
+    UDP,
+};
 
 /// The guest's end of a slot.
 pub(crate) const TAP: &str = "tap0";
@@ -21,10 +41,37 @@ pub(crate) const TAP: &str = "tap0";
 pub(crate) const OUT: &str = "out0";
 /// The port of the resolver.
 pub(crate) const DNS_PORT: u16 = 53;
+/// The port from which the relay opens addresses.
+pub(crate) const OPENINGS_PORT: u16 = 5300;
+/// What such a datagram is: the policy's number and the address, after the 8 bytes of UDP's own.
+const OPENING_GENERATION: u32 = 8;
+const OPENING_ADDR: u32 = 12;
+
+/// How long a guest may keep an address it has resolved by name, at most: the relay shortens
+/// what resolvers say.
+pub(crate) const NAME_KEPT: Duration = Duration::from_secs(300);
+/// How long that address is open: as long as it may be kept, and the time to connect. Packets
+/// of a connection renew it.
+const NAME_OPEN: Duration = Duration::from_secs(360);
+/// Addresses open by name at the same time.
+const MOST_NAMED: u32 = 4096;
+
+/// Refusals: those of TCP and UDP, which have ports, and of other protocols.
+pub(crate) const REFUSED: &str = "refused";
+pub(crate) const REFUSED_OTHER: &str = "refused_other";
+/// How long a refusal is remembered.
+pub(crate) const REFUSAL_KEPT: Duration = Duration::from_secs(3600);
+/// Different refusals remembered of one guest, and of all guests by the host's table.
+const MOST_REFUSALS: u32 = 1024;
+const MOST_REFUSALS_OF_HOST: u32 = 16 * 1024;
+/// What a refusal is noted by. In the host's table guests are told apart by their slot's
+/// address, in a slot's the mark says why.
+pub(crate) const SLOT_FIELDS: [Field; 4] = [Field::To, Field::Protocol, Field::Mark, Field::Port];
+pub(crate) const HOST_FIELDS: [Field; 4] = [Field::From, Field::To, Field::Protocol, Field::Port];
 
 /// Networks no guest may reach: everything that is not public unicast (IANA IPv4 special-purpose
 /// registry, RFC 6890), and the one public address clouds use for their own services.
-const DENIED: [Ipv4Net; 16] = [
+pub(crate) const DENIED: [Ipv4Net; 16] = [
     Ipv4Net::fixed(0, 0, 0, 0, 8),        // this network
     Ipv4Net::fixed(10, 0, 0, 0, 8),       // private
     Ipv4Net::fixed(100, 64, 0, 0, 10),    // carriers' shared space; 100.100.100.200 is metadata
@@ -57,33 +104,62 @@ fn filter(hook: Hook, priority: i32, drops: bool) -> Chain {
 }
 
 /// The sets and the chain `refuse`, which both tables have.
-fn common(batch: &mut Batch, config: &NetConfig) {
+fn common(batch: &mut Batch, config: &NetConfig, fields: &[Field; 4], most: u32) {
     let mut denied = DENIED.to_vec();
     // Other slots; if the operator chose a subnet outside of the private ranges, too.
     denied.push(config.subnet);
     batch.networks("denied", &denied);
     batch.networks("open", &config.open);
+    // Without the port, which is last.
+    let [first, second, third, _] = *fields;
+    let portless = [first, second, third];
+    batch.noted(REFUSED, fields, most, REFUSAL_KEPT);
+    batch.noted(REFUSED_OTHER, &portless, most, REFUSAL_KEPT);
     // An answer at once: a program that waits for a time-out does not know it was policy.
+    batch.chain("answer", Chain::Plain);
+    batch.rule(
+        "answer",
+        Rule::new().protocol(Must::Be, TCP).count().reset(),
+    );
+    batch.rule("answer", Rule::new().count().prohibit());
+    // Noted first, in rules of their own: they end where a set is full.
     batch.chain("refuse", Chain::Plain);
-    batch.rule("refuse", Rule::new().protocol(TCP).count().reset());
-    batch.rule("refuse", Rule::new().count().prohibit());
+    for protocol in [TCP, UDP] {
+        let noted = Rule::new().protocol(Must::Be, protocol);
+        batch.rule("refuse", noted.note(REFUSED, fields));
+    }
+    let other = Rule::new()
+        .protocol(Must::NotBe, TCP)
+        .protocol(Must::NotBe, UDP);
+    batch.rule("refuse", other.note(REFUSED_OTHER, &portless));
+    batch.rule("refuse", Rule::new().jump("answer"));
 }
 
 fn refuse_denied(rule: Rule) -> Rule {
-    rule.addr_in_set(Side::To, Must::Be, "denied")
-        .addr_in_set(Side::To, Must::NotBe, "open")
-        .jump("refuse")
+    refuse(
+        rule.addr_in_set(Side::To, Must::Be, "denied")
+            .addr_in_set(Side::To, Must::NotBe, "open"),
+        Reason::Forbidden,
+    )
+}
+
+fn refuse(rule: Rule, reason: Reason) -> Rule {
+    rule.mark(reason.mark()).jump("refuse")
 }
 
 /// The table in a slot's namespace.
-pub(crate) fn slot_table(config: &NetConfig) -> Batch {
+pub(crate) fn slot_table(config: &NetConfig, policy: &NetworkPolicy, generation: u32) -> Batch {
     let mut batch = Batch::new(&config.name_prefix);
     batch.fresh_table();
-    common(&mut batch, config);
+    common(&mut batch, config, &SLOT_FIELDS, MOST_REFUSALS);
+    batch.changing_networks("allow", &policy.allow);
+    batch.changing_networks("deny", &policy.deny);
+    batch.noted("names", &[Field::To], MOST_NAMED, NAME_OPEN);
 
     // Nothing but IPv4 from the guest's own address comes out of the tap.
     batch.chain("prerouting", filter(Hook::Prerouting, RAW, false));
     let from_guest = || Rule::new().link(Side::From, Must::Be, TAP);
+    let to_guest = || Rule::new().link(Side::To, Must::Be, TAP);
     batch.rule("prerouting", from_guest().ipv4(Must::NotBe).count().drop());
     batch.rule(
         "prerouting",
@@ -93,23 +169,28 @@ pub(crate) fn slot_table(config: &NetConfig) -> Batch {
             .drop(),
     );
 
-    // The egress and resolver chains are what `internet` rewrites. They look at every packet,
-    // not only at a connection's first, so that a change cuts what is open.
-    batch.chain("egress", Chain::Plain);
-    batch.chain("resolver", Chain::Plain);
+    admitted(&mut batch, config);
+    for chain in CHANGING {
+        batch.chain(chain, Chain::Plain);
+    }
     batch.chain("forward", filter(Hook::Forward, FILTER, true));
+    let bandwidth = config.limits.bytes_per_sec;
+    let too_fast = |rule: Rule, per_second: u64| {
+        let burst = u32::try_from(per_second / 4).unwrap_or(u32::MAX);
+        rule.bytes_faster_than(per_second, burst.max(SMALLEST_BURST))
+            .count()
+            .drop()
+    };
+    if let Some(per_second) = bandwidth {
+        batch.rule("forward", too_fast(from_guest(), per_second));
+        batch.rule("forward", too_fast(to_guest(), per_second));
+    }
     batch.rule(
         "forward",
         from_guest().link(Side::To, Must::Be, OUT).jump("egress"),
     );
-    batch.rule("forward", from_guest().jump("refuse"));
-    batch.rule(
-        "forward",
-        Rule::new()
-            .link(Side::To, Must::Be, TAP)
-            .state(CT_KNOWN)
-            .accept(),
-    );
+    batch.rule("forward", refuse(from_guest(), Reason::Forbidden));
+    batch.rule("forward", to_guest().state(CT_KNOWN).jump("ingress"));
 
     batch.chain("input", filter(Hook::Input, FILTER, true));
     // Answers to the agent's connections into the guest, whose sockets are in this namespace.
@@ -120,7 +201,7 @@ pub(crate) fn slot_table(config: &NetConfig) -> Batch {
             .addr(Side::To, Must::Be, GATEWAY_ADDR)
             .jump("resolver"),
     );
-    batch.rule("input", from_guest().jump("refuse"));
+    batch.rule("input", refuse(from_guest(), Reason::Forbidden));
 
     // Sockets of this namespace talk to the guest and to nobody else. What is left of an
     // earlier tenant's connection is invalid since they were forgotten, and must not reach
@@ -129,11 +210,11 @@ pub(crate) fn slot_table(config: &NetConfig) -> Batch {
     batch.rule(
         "output",
         Rule::new()
-            .link(Side::To, Must::Be, TAP)
-            .state(CT_INVALID)
-            .drop(),
+            .port(Side::From, UDP, OPENINGS_PORT)
+            .jump("openings"),
     );
-    batch.rule("output", Rule::new().link(Side::To, Must::Be, TAP).accept());
+    batch.rule("output", to_guest().state(CT_INVALID).drop());
+    batch.rule("output", to_guest().accept());
 
     batch.chain(
         "postrouting",
@@ -147,34 +228,115 @@ pub(crate) fn slot_table(config: &NetConfig) -> Batch {
         Rule::new().link(Side::To, Must::Be, OUT).masquerade(),
     );
 
-    fill_internet(&mut batch, config.internet);
+    fill(&mut batch, policy, generation);
     batch
 }
 
-/// A change of [`slot_table`]: the public internet on or off. Off closes the resolver too,
-/// for names can carry data out as well as packets can.
-pub(crate) fn slot_internet(config: &NetConfig, on: bool) -> Batch {
-    let mut batch = Batch::new(&config.name_prefix);
-    batch.flush_chain("egress");
-    batch.flush_chain("resolver");
-    fill_internet(&mut batch, on);
-    batch
-}
+/// The least that may be sent at once: some packets as large as the kernel makes them.
+const SMALLEST_BURST: u32 = 256 * 1024;
 
-fn fill_internet(batch: &mut Batch, on: bool) {
-    if !on {
-        batch.rule("egress", Rule::new().jump("refuse"));
-        batch.rule("resolver", Rule::new().jump("refuse"));
-        return;
+/// The chain where what the policy lets through meets the limits. Its counts must survive
+/// changes of policy.
+fn admitted(batch: &mut Batch, config: &NetConfig) {
+    batch.chain("admitted", Chain::Plain);
+    let new = || Rule::new().state(CT_NEW);
+    if let Some(per_second) = config.limits.connections_per_sec {
+        let rule = new().packets_faster_than(u64::from(per_second), per_second.saturating_mul(2));
+        batch.rule("admitted", refuse(rule, Reason::ConnectionRate));
     }
+    if let Some(most) = config.limits.connections {
+        let rule = new().more_connections_than(most);
+        batch.rule("admitted", refuse(rule, Reason::ConnectionLimit));
+    }
+    batch.rule("admitted", Rule::new().accept());
+}
+
+const CHANGING: [&str; 4] = ["egress", "ingress", "resolver", "openings"];
+
+/// A change of [`slot_table`] to another policy. `forget_names` closes what was opened by name.
+pub(crate) fn slot_change(
+    config: &NetConfig,
+    policy: &NetworkPolicy,
+    generation: u32,
+    forget_names: bool,
+) -> Batch {
+    let mut batch = Batch::new(&config.name_prefix);
+    for chain in CHANGING {
+        batch.flush_chain(chain);
+    }
+    batch.replace_networks("allow", &policy.allow);
+    batch.replace_networks("deny", &policy.deny);
+    if forget_names {
+        batch.empty_set("names");
+    }
+    fill(&mut batch, policy, generation);
+    batch
+}
+
+/// A change of [`slot_table`] for the next tenant: nothing of the last one's is left.
+pub(crate) fn forget_refusals(config: &NetConfig) -> Batch {
+    let mut batch = Batch::new(&config.name_prefix);
+    batch.empty_set(REFUSED);
+    batch.empty_set(REFUSED_OTHER);
+    batch
+}
+
+fn fill(batch: &mut Batch, policy: &NetworkPolicy, generation: u32) {
+    let to_one_of = |set| Rule::new().addr_in_set(Side::To, Must::Be, set);
     batch.rule("egress", refuse_denied(Rule::new()));
     // An untracked packet would leave untranslated. Most often it belongs to a connection from
     // before a pause: the reset tells the program to connect anew.
-    batch.rule("egress", Rule::new().state(CT_INVALID).jump("refuse"));
-    batch.rule("egress", Rule::new().accept());
-    for protocol in [UDP, TCP] {
-        batch.rule("resolver", Rule::new().port(protocol, DNS_PORT).accept());
+    batch.rule("egress", Rule::new().state(CT_INVALID).jump("answer"));
+    batch.rule("egress", to_one_of("allow").jump("admitted"));
+    batch.rule(
+        "egress",
+        to_one_of("names")
+            .state(CT_ESTABLISHED)
+            .renew_destination("names")
+            .jump("admitted"),
+    );
+    batch.rule("egress", to_one_of("names").jump("admitted"));
+    batch.rule("egress", refuse(to_one_of("deny"), Reason::Denied));
+    // What comes back, for who only listens is not cut by what he sends.
+    for set in ["allow", "names"] {
+        batch.rule("ingress", Rule::new().opened_to_one_of(set).accept());
     }
+    batch.rule(
+        "ingress",
+        Rule::new().opened_to_one_of("deny").count().drop(),
+    );
+    if policy.internet {
+        batch.rule("egress", Rule::new().jump("admitted"));
+        batch.rule("ingress", Rule::new().accept());
+    } else {
+        batch.rule("egress", refuse(Rule::new(), Reason::InternetOff));
+        batch.rule("ingress", Rule::new().count().drop());
+    }
+    if policy.resolves() == Resolves::Nothing {
+        let reason = if policy.internet {
+            Reason::Denied
+        } else {
+            Reason::InternetOff
+        };
+        batch.rule("resolver", refuse(Rule::new(), reason));
+    } else {
+        for protocol in [UDP, TCP] {
+            batch.rule(
+                "resolver",
+                Rule::new().port(Side::To, protocol, DNS_PORT).accept(),
+            );
+        }
+    }
+    // An opening on behalf of an earlier policy is none.
+    batch.rule(
+        "openings",
+        Rule::new()
+            .datagram_has(OPENING_GENERATION, generation)
+            .learn_address("names", OPENING_ADDR)
+            .count()
+            .drop(),
+    );
+    batch.rule("openings", Rule::new().count().drop());
 }
 
 /// The table on the host.
@@ -185,7 +347,7 @@ pub(crate) fn host_table(config: &NetConfig) -> Batch {
     let to_slot = || Rule::new().link_starts(Side::To, Must::Be, &ours);
 
     batch.fresh_table();
-    common(&mut batch, config);
+    common(&mut batch, config, &HOST_FIELDS, MOST_REFUSALS_OF_HOST);
 
     batch.chain("prerouting", filter(Hook::Prerouting, RAW, false));
     batch.rule("prerouting", from_slot().ipv4(Must::NotBe).count().drop());
@@ -209,7 +371,13 @@ pub(crate) fn host_table(config: &NetConfig) -> Batch {
             .link_starts(Side::To, Must::Be, &ours)
             .jump("refuse"),
     );
-    batch.rule("forward", refuse_denied(from_slot()));
+    batch.rule(
+        "forward",
+        from_slot()
+            .addr_in_set(Side::To, Must::Be, "denied")
+            .addr_in_set(Side::To, Must::NotBe, "open")
+            .jump("refuse"),
+    );
     batch.rule("forward", to_slot().state(CT_KNOWN).accept());
     batch.rule("forward", to_slot().count().drop());
 

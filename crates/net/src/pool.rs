@@ -471,7 +471,8 @@ impl Shared {
         let (index, name) = (slot.index, slot.name.clone());
         drop(slot);
         let subject = name.clone();
-        let removed = on_own_thread(move || plumbing::remove(&subject))
+        let config = Arc::clone(&self.config);
+        let removed = on_own_thread(move || plumbing::remove(&config, &subject))
             .await
             .map_err(|e| NetError::step("start a thread", "remove", e))
             .and_then(|removed| removed);

@@ -13,6 +13,7 @@ const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_SETLINK: u16 = 19;
 const RTM_NEWADDR: u16 = 20;
+const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
@@ -51,6 +52,8 @@ const NUD_PERMANENT: u16 = 0x80;
 
 /// `struct ifinfomsg`.
 const IFINFOMSG: usize = 16;
+/// `struct ifaddrmsg`.
+const IFADDRMSG: usize = 8;
 /// `struct rtmsg`.
 const RTMSG: usize = 12;
 
@@ -156,7 +159,7 @@ pub(crate) fn add_addr(
     addr: Ipv4Addr,
     prefix_len: u8,
 ) -> io::Result<()> {
-    let mut ifaddrmsg = [0; 8];
+    let mut ifaddrmsg = [0; IFADDRMSG];
     ifaddrmsg[0] = AF_INET;
     ifaddrmsg[1] = prefix_len;
     ifaddrmsg[4..8].copy_from_slice(&link.to_ne_bytes());
@@ -234,6 +237,23 @@ pub(crate) fn has_carrier(socket: &mut Socket, link: u32) -> io::Result<bool> {
         },
     )?;
     Ok(carrier)
+}
+
+/// All IPv4 addresses of the socket's namespace.
+pub(crate) fn addrs(socket: &mut Socket) -> io::Result<Vec<Ipv4Addr>> {
+    let mut ifaddrmsg = [0; IFADDRMSG];
+    ifaddrmsg[0] = AF_INET;
+    let mut found = Vec::new();
+    let request = Request::new(RTM_GETADDR, ROOT_MATCH_DUMP, &ifaddrmsg);
+    socket.query(&request, |answer| {
+        let own = attributes(answer.body, IFADDRMSG).find(|(kind, _)| *kind == IFA_LOCAL);
+        if let (RTM_NEWADDR, Some((_, data))) = (answer.kind, own)
+            && let Ok(octets) = <[u8; 4]>::try_from(data)
+        {
+            found.push(Ipv4Addr::from(octets));
+        }
+    })?;
+    Ok(found)
 }
 
 /// All IPv4 routes of the socket's namespace, of all tables.

@@ -11,10 +11,13 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::config::{GUEST_ADDR, NetConfig};
+use crate::denials::{self, Denial};
+use crate::egress::NetworkPolicy;
 use crate::error::{NetError, OPEN_TAP};
 use crate::netns::{Namespace, Visitor};
-use crate::plumbing::{self, DnsSockets, Plumbing};
+use crate::plumbing::{self, Plumbing};
 use crate::policy::TAP;
+use crate::relay::RelayFiles;
 use crate::sys;
 
 /// A network slot that somebody holds.
@@ -73,17 +76,28 @@ impl Slot {
             .map_err(|e| NetError::step(OPEN_TAP, self.plumbing.name.clone(), e))
     }
 
-    /// Binds the sockets for [`crate::relay::serve`]: 169.254.0.22:53 in the slot's namespace.
+    /// Opens what [`crate::relay::serve`] needs: the resolver's sockets, at 169.254.0.22:53 in
+    /// the slot's namespace, and the way to learn and to apply the slot's policy.
     ///
     /// # Errors
     /// [`NetError::Step`], with EADDRINUSE while a relay still runs on this slot.
-    pub async fn dns_sockets(&self) -> Result<DnsSockets, NetError> {
-        self.visitor
+    pub async fn relay(&self) -> Result<RelayFiles, NetError> {
+        let step = |step, error| NetError::step(step, self.plumbing.name.clone(), error);
+        let notice = self
+            .plumbing
+            .open_notice()
+            .map_err(|e| step("open the note of the slot's policy", e))?;
+        let (udp, tcp, openings) = self
+            .visitor
             .visit(&self.plumbing.namespace, plumbing::bind_dns)
             .await
-            .map_err(|e| {
-                NetError::step("bind the resolver's sockets", self.plumbing.name.clone(), e)
-            })
+            .map_err(|e| step("bind the resolver's sockets", e))?;
+        Ok(RelayFiles {
+            udp,
+            tcp,
+            openings,
+            notice,
+        })
     }
 
     /// The way into the guest.
@@ -95,17 +109,33 @@ impl Slot {
         }
     }
 
-    /// Turns the public internet on or off, for open connections too. Off also closes the
-    /// resolver. In force when this returns.
+    /// Puts another policy in force, for open connections too: those it closes are cut. In
+    /// force when this returns; nothing happens if it is already.
     ///
     /// # Errors
-    /// [`NetError::Step`] if the kernel refuses; then nothing has changed.
-    pub async fn set_internet(&self, on: bool) -> Result<(), NetError> {
+    /// [`NetError::Step`] if the kernel refuses; then nothing has changed. If only the relay
+    /// could not be told, addresses that names stand for stay closed.
+    pub async fn set_policy(&self, policy: &NetworkPolicy) -> Result<(), NetError> {
         let plumbing = Arc::clone(&self.plumbing);
         let config = Arc::clone(&self.config);
-        blocking(move || plumbing.set_internet(&config, on)).await?
+        let policy = policy.clone();
+        blocking(move || plumbing.set_policy(&config, &policy)).await?
+    }
+
+    /// What was refused to this guest within the last hour, the latest first.
+    ///
+    /// # Errors
+    /// [`NetError::Step`] if the kernel's lists cannot be read.
+    pub async fn denials(&self) -> Result<Vec<Denial>, NetError> {
+        let plumbing = Arc::clone(&self.plumbing);
+        let config = Arc::clone(&self.config);
+        let found = blocking(move || plumbing.denials(&config)).await??;
+        Ok(denials::sorted(found, MOST_LISTED))
     }
 }
+
+/// Denials listed at most: as many as a slot remembers.
+const MOST_LISTED: usize = 1024;
 
 /// Runs blocking work that stays in the host's namespace.
 pub(crate) async fn blocking<T: Send + 'static>(

@@ -36,7 +36,7 @@ pub(crate) fn find(config: &NetConfig) -> Result<HashSet<u32>, NetError> {
 pub(crate) fn remove_all(config: &NetConfig, doomed: &[u32]) -> SweepReport {
     let mut report = SweepReport::default();
     for &index in doomed {
-        match plumbing::remove(&config.slot_name(index)) {
+        match plumbing::remove(config, &config.slot_name(index)) {
             Ok(()) => report.removed.push(index),
             Err(error) => report.failed.push((index, error)),
         }

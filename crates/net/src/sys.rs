@@ -63,3 +63,11 @@ pub(crate) fn keep_tap(tap: &OwnedFd) -> io::Result<()> {
     unsafe { ioctl(tap, IntegerSetter::<{ TUNSETPERSIST as _ }>::new_usize(1)) }?;
     Ok(())
 }
+
+/// Bytes from the kernel's random number generator.
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // Small requests are never cut short (getrandom(2)).
+    rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes)
+}

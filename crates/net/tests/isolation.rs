@@ -9,66 +9,15 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use common::{Bed, Guest, Listener, Netns, host_objects, run};
+use common::{AT_ONCE, Bed, Guest, Listener, World, host_objects, policy, refused_at_once, run};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use wrenn_net::{Slot, SlotPool};
-
-/// Longer than an answer takes, far shorter than a time-out.
-const AT_ONCE: Duration = Duration::from_millis(500);
-
-/// The world outside: a namespace behind a link of the host.
-struct World {
-    net: Netns,
-    /// The host's address on that link.
-    host: String,
-    /// What the host routes there.
-    addrs: Vec<String>,
-}
-
-impl World {
-    fn new(name: &str, third: u8, addrs: &[&str]) -> Self {
-        let net = Netns::new(&format!("{name}-world"));
-        let host = format!("10.250.{third}.1");
-        run(&format!(
-            "ip link add {name}w type veth peer name eth0 netns {name}-world"
-        ));
-        run(&format!("ip addr add {host}/30 dev {name}w"));
-        run(&format!("ip link set {name}w up"));
-        net.ip(&format!("addr add 10.250.{third}.2/30 dev eth0"));
-        net.ip("link set lo up");
-        net.ip("link set eth0 up");
-        net.ip(&format!("route add default via {host}"));
-        for addr in addrs {
-            net.ip(&format!("addr add {addr}/32 dev lo"));
-            run(&format!("ip route add {addr}/32 via 10.250.{third}.2"));
-        }
-        Self {
-            net,
-            host,
-            addrs: addrs.iter().map(ToString::to_string).collect(),
-        }
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        // The link and the routes through it go with the namespace, but not at once.
-        self.net.ip("link del eth0");
-    }
-}
 
 /// From the host itself: proof that somebody listens.
 fn answers_the_host(addr: &str) {
     let addr: SocketAddr = addr.parse().unwrap();
     TcpStream::connect_timeout(&addr, Duration::from_secs(2))
         .unwrap_or_else(|e| panic!("{addr}: {e}"));
-}
-
-#[track_caller]
-fn refused_at_once(guest: &Guest, addr: &str) {
-    let (result, took) = guest.connect(addr);
-    assert!(result.is_err(), "{addr} answered the guest");
-    assert!(took < AT_ONCE, "{addr}: {result:?} only after {took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -265,7 +214,7 @@ async fn g35_internet_off_cuts_open_connections_and_names_too() {
     served.read_exact(&mut buffer).unwrap();
 
     let start = Instant::now();
-    slot.set_internet(false).await.unwrap();
+    slot.set_policy(&policy(false, &[], &[])).await.unwrap();
     eprintln!("policy change: {:?}", start.elapsed());
     assert!(start.elapsed() < Duration::from_millis(100));
     stream.write_all(b"two").unwrap();
@@ -284,10 +233,10 @@ async fn g35_internet_off_cuts_open_connections_and_names_too() {
     let in_guest = Listener::inside(&guest.net, "0.0.0.0:7002");
     slot.guest().connect(in_guest.addr.port()).await.unwrap();
 
-    slot.set_internet(true).await.unwrap();
+    slot.set_policy(&policy(true, &[], &[])).await.unwrap();
     assert_eq!(guest.connect("203.0.113.13:7001").0, Ok(()));
     // A slot that was cut off comes back from the pool with the default.
-    slot.set_internet(false).await.unwrap();
+    slot.set_policy(&policy(false, &[], &[])).await.unwrap();
     let index = slot.index();
     drop((guest, in_guest));
     pool.give_back(slot).await;
@@ -450,8 +399,8 @@ async fn g35_each_of_the_two_tables_is_enough() {
     }
 
     // The slot's table alone.
-    slot.set_internet(false).await.unwrap();
-    slot.set_internet(true).await.unwrap();
+    slot.set_policy(&policy(false, &[], &[])).await.unwrap();
+    slot.set_policy(&policy(true, &[], &[])).await.unwrap();
     assert_eq!(guest.connect("203.0.113.16:7001").0, Ok(()));
     for addr in ["198.51.100.16:7001", "172.31.99.16:7001", &host] {
         refused_at_once(&guest, addr);

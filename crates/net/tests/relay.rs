@@ -8,8 +8,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use common::{Bed, Guest};
-use wrenn_net::relay::{self, Upstreams};
-use wrenn_net::{DnsSockets, SlotPool};
+use wrenn_net::SlotPool;
+use wrenn_net::relay::{self, RelayFiles, Upstreams};
 
 /// A query for `name`.
 fn query(id: u16, name: &str) -> Vec<u8> {
@@ -28,7 +28,7 @@ fn answer(query: &[u8], tag: u8) -> Vec<u8> {
     let mut bytes = query.to_vec();
     bytes[2] |= 0x80;
     bytes[7] = 1;
-    bytes.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, tag]);
+    bytes.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 9, 9, 9, tag]);
     bytes
 }
 
@@ -79,7 +79,11 @@ fn relay_on_loopback(upstreams: Upstreams) -> SocketAddr {
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = tcp.local_addr().unwrap();
     let udp = UdpSocket::bind(addr).unwrap();
-    std::thread::spawn(move || relay::serve(udp.into(), tcp.into(), upstreams));
+    let openings = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let notice = common::notice("generation 1\ninternet on\n");
+    let files = vec![udp.into(), tcp.into(), openings.into(), notice.into()];
+    let files = RelayFiles::from_descriptors(files).unwrap();
+    std::thread::spawn(move || relay::serve(files, upstreams));
     addr
 }
 
@@ -105,9 +109,9 @@ async fn a_guest_resolves_names_by_udp_and_tcp() {
     let pool = SlotPool::start(bed.config()).await.unwrap();
     let slot = pool.take().await.unwrap();
     let guest = Guest::new("nra-guest", &slot).await;
-    let DnsSockets { udp, tcp } = slot.dns_sockets().await.unwrap();
+    let files = slot.relay().await.unwrap();
     let upstreams = Upstreams::fixed([resolver(7)]);
-    std::thread::spawn(move || relay::serve(udp, tcp, upstreams));
+    std::thread::spawn(move || relay::serve(files, upstreams));
 
     let asked = query(4711, "example.org");
     assert_eq!(

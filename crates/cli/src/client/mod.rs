@@ -7,6 +7,7 @@ mod error;
 mod exec;
 mod files;
 mod ids;
+mod network;
 mod pty;
 mod sandboxes;
 mod snapshots;

@@ -12,7 +12,7 @@ use wrenn_wire::wrenn::host::v1 as wire;
 use super::idempotency::{Key, in_progress};
 use super::sandboxes::{Sandbox, finish, lifetime, options, started, wrong_state};
 use super::{App, DEFAULT_TEMPLATE, Failure, template_name};
-use crate::host::HostSandbox;
+use crate::host::{HostSandbox, NetworkRules};
 
 /// A restore takes a fraction of a second; a machine of a new shape has to be booted first, which
 /// takes its time where processors are emulated.
@@ -47,7 +47,7 @@ pub(crate) struct CreateSpec {
     pub(crate) envs: BTreeMap<String, String>,
     pub(crate) clock: Clock,
     pub(crate) secure: bool,
-    pub(crate) allow_internet: bool,
+    pub(crate) network: NetworkRules,
     /// When its time is over it is paused, not ended.
     pub(crate) pause_at_end: bool,
     /// While it is paused, traffic resumes it.
@@ -154,7 +154,7 @@ impl App {
             idle_timeout_secs,
             end_at,
             secure: spec.secure,
-            allow_internet: spec.allow_internet,
+            allow_internet: spec.network.allow_internet,
             pause_at_end: spec.pause_at_end,
             auto_resume: spec.auto_resume,
             name: None,
@@ -181,7 +181,9 @@ impl App {
             memory_mib: spec.memory_mib.map_or(0, |_| shape.memory.0),
             envs: spec.envs.into_iter().collect(),
             lifetime: lifetime(idle_timeout_secs, end_at).into(),
-            allow_internet: spec.allow_internet,
+            allow_internet: spec.network.allow_internet,
+            allow_out: spec.network.allow,
+            deny_out: spec.network.deny,
             secure: spec.secure,
             snapshot_id: snapshot.unwrap_or_default(),
             pause_at_end: spec.pause_at_end,

@@ -17,7 +17,7 @@ use wrenn_wire::wrenn::host::v1::HostServiceClient;
 
 mod view;
 
-pub(crate) use view::{Garbled, HostInfo, HostSandbox};
+pub(crate) use view::{Garbled, HostInfo, HostSandbox, NetworkRules};
 
 /// A reply's body, whatever transport it came by.
 pub type ReplyBody = UnsyncBoxBody<Bytes, ConnectError>;

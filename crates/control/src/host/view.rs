@@ -31,6 +31,29 @@ pub struct HostSandbox {
     pub access_token: Option<AccessToken>,
     /// The guest agent's version.
     pub envd_version: String,
+    /// What it may reach.
+    pub network: NetworkRules,
+}
+
+/// What a sandbox may reach, as people write it; the host knows what it means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkRules {
+    /// Whether what is on no list is open.
+    pub allow_internet: bool,
+    /// Addresses, networks and names that are open whatever is denied.
+    pub allow: Vec<String>,
+    /// Addresses and networks that are closed.
+    pub deny: Vec<String>,
+}
+
+impl Default for NetworkRules {
+    fn default() -> Self {
+        NetworkRules {
+            allow_internet: true,
+            allow: Vec::new(),
+            deny: Vec::new(),
+        }
+    }
 }
 
 /// Why a host's words cannot be understood: another version, or damage.
@@ -69,6 +92,11 @@ impl TryFrom<wire::Sandbox> for HostSandbox {
             access_token: (!given.access_token.is_empty())
                 .then(|| AccessToken::from_kept(given.access_token)),
             envd_version: given.envd_version,
+            network: NetworkRules {
+                allow_internet: given.allow_internet,
+                allow: given.allow_out,
+                deny: given.deny_out,
+            },
         })
     }
 }

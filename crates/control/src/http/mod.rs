@@ -12,8 +12,8 @@ mod error;
 mod extract;
 mod native;
 mod openapi;
-mod prometheus;
 mod page;
+mod prometheus;
 mod timing;
 
 use std::sync::Arc;

@@ -73,10 +73,14 @@ const DESCRIPTION: &str = "Virtual machines for AI agents. Everything under `/v1
     clients call. Errors are `{\"error\":{\"code\",\"message\"}}` under `/v1` and \
     `{\"code\",\"message\"}` elsewhere.";
 
-const TAGS: [(&str, &str); 7] = [
+const TAGS: [(&str, &str); 8] = [
     ("sandboxes", "Create, look at and end sandboxes"),
     ("processes", "Run programs in a sandbox"),
     ("files", "Files in and out of a sandbox"),
+    (
+        "network",
+        "What a sandbox may reach, and what was refused to it",
+    ),
     ("host", "The machine that runs the sandboxes"),
     ("api-keys", "Who may use this API"),
     ("server", "This server itself"),

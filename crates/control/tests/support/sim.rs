@@ -372,6 +372,9 @@ impl HostService for Service {
             access_token: "token-of-envd".into(),
             envd_version: "0.6.13".into(),
             secure: request.secure,
+            allow_internet: request.allow_internet,
+            allow_out: request.allow_out.clone(),
+            deny_out: request.deny_out.clone(),
             ..Default::default()
         };
         self.0
@@ -454,6 +457,53 @@ impl HostService for Service {
             .insert(request.sandbox_id, sandbox.clone());
         Response::ok(SetLifetimeResponse {
             sandbox: sandbox.into(),
+            ..Default::default()
+        })
+    }
+
+    async fn set_network<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SetNetworkRequest>,
+    ) -> ServiceResult<SetNetworkResponse> {
+        let request = request.to_owned_message();
+        let mut sandbox = self.0.get(&request.sandbox_id)?;
+        if sandbox.state != "running" {
+            return Err(ConnectError::failed_precondition("it does not run"));
+        }
+        if request.allow_out.iter().any(|entry| entry == "not-a-name!") {
+            return Err(ConnectError::invalid_argument("`not-a-name!` is no name"));
+        }
+        sandbox.allow_internet = request.allow_internet;
+        sandbox.allow_out = request.allow_out;
+        sandbox.deny_out = request.deny_out;
+        self.0
+            .sandboxes
+            .lock()
+            .unwrap()
+            .insert(request.sandbox_id, sandbox.clone());
+        Response::ok(SetNetworkResponse {
+            sandbox: sandbox.into(),
+            ..Default::default()
+        })
+    }
+
+    async fn list_denials<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ListDenialsRequest>,
+    ) -> ServiceResult<ListDenialsResponse> {
+        self.0.get(&request.to_owned_message().sandbox_id)?;
+        Response::ok(ListDenialsResponse {
+            denials: vec![Denial {
+                at_unix_ms: 1_700_000_000_000,
+                protocol: "tcp".into(),
+                destination: "10.0.0.1".into(),
+                port: Some(443),
+                count: 2,
+                reason: "forbidden".into(),
+                ..Default::default()
+            }],
             ..Default::default()
         })
     }

@@ -131,7 +131,7 @@ impl Ground {
         disk: DiskChain,
         identity: Box<[u8; IDENTITY_BYTES]>,
     ) -> Result<MachineSpec, MachineError> {
-        let dns = self.slot.dns_sockets().await?;
+        let relay = self.slot.relay().await?;
         Ok(MachineSpec {
             dir: files::vm_folder(&self.folder),
             uid: self.uid,
@@ -142,7 +142,7 @@ impl Ground {
             tap: Some(self.slot.open_tap().await?),
             mac: GUEST_MAC,
             identity,
-            companions: vec![dns.udp, dns.tcp],
+            companions: relay.into_descriptors(),
         })
     }
 }

@@ -4,6 +4,7 @@
 mod exec;
 mod files;
 mod history;
+mod network;
 mod sandboxes;
 mod service;
 mod snapshots;
@@ -75,6 +76,7 @@ impl From<SandboxError> for ConnectError {
             SandboxError::ForeignSnapshot { .. } => {
                 return with_reason(ConnectError::not_found(text), "snapshot_not_found");
             }
+            SandboxError::Network(_) => return ConnectError::invalid_argument(text),
             SandboxError::Ending => ConnectError::unavailable(text.clone()),
             _ => ConnectError::internal(text.clone()),
         };

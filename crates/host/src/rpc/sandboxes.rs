@@ -10,7 +10,7 @@ use crate::capacity;
 use crate::guest::chain;
 use crate::lifetime::Lifetime;
 use crate::machine::Phases;
-use crate::sandbox::{CreateSandbox, Handle};
+use crate::sandbox::{CreateSandbox, Handle, NetworkRules};
 
 /// All of the console that is kept.
 const WHOLE_CONSOLE: usize = 1 << 20;
@@ -37,6 +37,9 @@ pub(super) fn sandbox(handle: &Handle) -> rpc::Sandbox {
         wire.secure = about.token.is_some();
         wire.pause_at_end = about.pause_at_end;
         wire.auto_resume = about.auto_resume;
+        wire.allow_internet = about.network.allow_internet;
+        wire.allow_out.clone_from(&about.network.allow);
+        wire.deny_out.clone_from(&about.network.deny);
         wire.access_token = about
             .token
             .as_ref()
@@ -97,11 +100,20 @@ impl HostRpc {
                 .as_option()
                 .map(Lifetime::from)
                 .unwrap_or_default(),
-            allow_internet: request.allow_internet,
+            network: NetworkRules {
+                allow_internet: request.allow_internet,
+                allow: request.allow_out,
+                deny: request.deny_out,
+            },
             secure: request.secure,
             pause_at_end: request.pause_at_end,
             auto_resume: request.auto_resume,
         };
+        // Before anything is made for it.
+        create
+            .network
+            .policy()
+            .map_err(|e| ConnectError::invalid_argument(e.to_string()))?;
         let handle = self.0.manager.create(create).await?;
         Ok(rpc::CreateSandboxResponse {
             sandbox: sandbox(&handle).into(),

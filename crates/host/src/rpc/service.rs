@@ -79,6 +79,22 @@ impl HostService for HostRpc {
         answer(self.lifetime(request.to_owned_message()).await)
     }
 
+    async fn set_network(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SetNetworkRequest>,
+    ) -> ServiceResult<impl Encodable<SetNetworkResponse> + Send + use<>> {
+        answer(HostRpc::set_network(self, request.to_owned_message()).await)
+    }
+
+    async fn list_denials(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ListDenialsRequest>,
+    ) -> ServiceResult<impl Encodable<ListDenialsResponse> + Send + use<>> {
+        answer(HostRpc::list_denials(self, request.sandbox_id).await)
+    }
+
     async fn pause_sandbox(
         &self,
         _: RequestContext,

@@ -5,13 +5,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot, watch};
-use wrenn_net::GuestDialer;
+use wrenn_net::{Denial, GuestDialer};
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{AccessToken, SandboxId, SandboxState, Shape};
 use wrenn_vmm::Machine;
 
-use super::SandboxError;
 use super::journal::Journal;
+use super::{NetworkRules, SandboxError};
 use crate::activity::{Activity, InUse};
 use crate::events::Actor;
 use crate::guest::{Guest, Restored};
@@ -60,8 +60,8 @@ pub struct About {
     pub snapshot: Option<SnapshotId>,
     /// Variables of every process in it.
     pub envs: BTreeMap<String, String>,
-    /// Whether it may reach the internet.
-    pub allow_internet: bool,
+    /// What it may reach.
+    pub network: NetworkRules,
 }
 
 impl About {
@@ -78,7 +78,7 @@ impl About {
             auto_resume: journal.auto_resume,
             snapshot: None,
             envs: journal.envs.clone(),
-            allow_internet: journal.allow_internet,
+            network: journal.network.clone(),
         }
     }
 }
@@ -105,6 +105,13 @@ pub(super) enum Request {
     Resume(Option<Lifetime>, Actor, Answer<Resumed>),
     Save(Order, Answer<Kept>),
     Rollback(SnapshotId, Answer<Resumed>),
+    Network(NetworkChange),
+}
+
+/// What can be asked about the network of a sandbox.
+pub(super) enum NetworkChange {
+    Set(NetworkRules, Answer<()>),
+    Denials(Answer<Vec<Denial>>),
 }
 
 /// A snapshot to be taken.
@@ -313,7 +320,10 @@ impl Handle {
         self.ask(|answer| Request::Rollback(snapshot, answer)).await
     }
 
-    async fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, SandboxError> {
+    pub(super) async fn ask<T>(
+        &self,
+        request: impl FnOnce(Answer<T>) -> Request,
+    ) -> Result<T, SandboxError> {
         let (answer, answered) = oneshot::channel();
         let gone = || SandboxError::NotFound(self.id);
         self.requests

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{AccessToken, SandboxId};
 
-use super::{CreateSandbox, SandboxError};
+use super::{CreateSandbox, NetworkRules, SandboxError};
 use crate::lifetime::Lifetime;
 use crate::machine::FIRST_LAYER;
 
@@ -87,8 +87,9 @@ pub struct Journal {
     pub started_at: SystemTime,
     /// Variables of every process in it.
     pub envs: BTreeMap<String, String>,
-    /// Whether it may reach the internet.
-    pub allow_internet: bool,
+    /// What it may reach.
+    #[serde(alias = "allow_internet")]
+    pub network: NetworkRules,
     /// When its time is over it is paused, not ended.
     #[serde(default)]
     pub pause_at_end: bool,
@@ -111,7 +112,7 @@ impl Journal {
             lifetime: create.lifetime,
             started_at: SystemTime::now(),
             envs: create.envs.clone(),
-            allow_internet: create.allow_internet,
+            network: create.network.clone(),
             pause_at_end: create.pause_at_end,
             auto_resume: create.auto_resume,
             line: Line::from(create.snapshot),
@@ -127,6 +128,14 @@ impl Journal {
     pub fn with_lifetime(&self, lifetime: Lifetime) -> Journal {
         Journal {
             lifetime,
+            ..self.clone()
+        }
+    }
+
+    /// The same with other rules about the network.
+    pub fn with_network(&self, network: NetworkRules) -> Journal {
+        Journal {
+            network,
             ..self.clone()
         }
     }
@@ -185,7 +194,7 @@ mod tests {
                 idle: Some(std::time::Duration::from_secs(3)),
                 end_at: None,
             },
-            allow_internet: true,
+            network: NetworkRules::default(),
             secure: true,
             pause_at_end: false,
             auto_resume: false,

@@ -13,7 +13,7 @@ use super::handle::{Handle, Order};
 use super::journal::Journal;
 use super::owner::{Common, Owner};
 use super::paused::Paused;
-use super::{DialFailure, SandboxError};
+use super::{DialFailure, NetworkRules, SandboxError};
 use crate::capacity;
 use crate::events::Actor;
 use crate::guest::chain;
@@ -38,8 +38,8 @@ pub struct CreateSandbox {
     pub envs: BTreeMap<String, String>,
     /// How long it may live.
     pub lifetime: Lifetime,
-    /// Whether it may reach the internet.
-    pub allow_internet: bool,
+    /// What it may reach.
+    pub network: NetworkRules,
     /// Whether its guest agent demands a token.
     pub secure: bool,
     /// When its time is over it is paused, not ended.
@@ -183,8 +183,14 @@ impl Manager {
             (Some(machine), Some(journal)) => {
                 let slot = machine.record.slot;
                 let id = journal.sandbox;
-                // The slot does not remember what its tenant may do.
-                machine.slot.set_internet(journal.allow_internet).await?;
+                // Nothing changes unless an agent died while it changed this.
+                let policy = journal.network.policy();
+                let policy = policy.map_err(|error| MachineError::File {
+                    action: "read the network rules in",
+                    path: folder.clone(),
+                    source: std::io::Error::other(error),
+                })?;
+                machine.slot.set_policy(&policy).await?;
                 let (owner, handle) = Owner::new(
                     id,
                     &journal.template,
@@ -266,7 +272,7 @@ impl Manager {
                 shape: Some(about.shape),
                 envs: about.envs.clone(),
                 lifetime,
-                allow_internet: about.allow_internet,
+                network: about.network.clone(),
                 secure: about.token.is_some(),
                 pause_at_end: about.pause_at_end,
                 auto_resume: about.auto_resume,

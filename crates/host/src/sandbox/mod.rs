@@ -4,6 +4,7 @@ mod death;
 mod handle;
 mod journal;
 mod manager;
+mod network;
 mod owner;
 mod paused;
 mod transitions;
@@ -12,6 +13,7 @@ pub use death::cpu_ms;
 pub use handle::{Certificate, Handle, Live, Order};
 pub use journal::Journal;
 pub use manager::{CreateSandbox, Manager};
+pub use network::NetworkRules;
 pub use owner::Common;
 pub use paused::Paused;
 
@@ -78,6 +80,9 @@ pub enum SandboxError {
         /// What was asked for.
         snapshot: SnapshotId,
     },
+    /// What it is to reach cannot be read.
+    #[error(transparent)]
+    Network(#[from] wrenn_net::PolicyError),
     /// Something was cut short.
     #[error("{0}")]
     Broken(String),

@@ -26,7 +26,7 @@ use super::handle::{
 };
 use super::journal::Journal;
 use super::paused::Paused;
-use super::{CreateSandbox, SandboxError};
+use super::{CreateSandbox, NetworkRules, SandboxError};
 use crate::activity::Activity;
 use crate::events::{Actor, DeathCertificate, EventLog, Kind};
 use crate::guest::{Restored, chain};
@@ -219,6 +219,14 @@ impl Owner {
         self.common.events.add(self.id, kind, actor, reason, None);
     }
 
+    pub(super) fn show_network(&self, rules: &NetworkRules) {
+        self.view.send_modify(|view| {
+            if let Some(about) = &mut view.about {
+                Arc::make_mut(about).network.clone_from(rules);
+            }
+        });
+    }
+
     fn show_paused(&self, paused: &Paused) {
         self.view.send_modify(|view| {
             view.state = SandboxState::Paused;
@@ -264,6 +272,9 @@ impl Owner {
                             now: false,
                             certificate: self.certificate(),
                         }));
+                    }
+                    Some(Request::Network(change)) => {
+                        self.network(change, &machine, &mut journal).await;
                     }
                     Some(Request::Save(order, answer)) => {
                         let saved = self.save(&machine, &mut journal, order).await;
@@ -354,6 +365,12 @@ impl Owner {
                         id: self.id,
                         state: SandboxState::Paused,
                     })))
+                }
+                Some(Request::Network(change)) => {
+                    self.no_network(change, || SandboxError::NotRunning {
+                        id: self.id,
+                        state: SandboxState::Paused,
+                    });
                 }
                 Some(Request::Pause(answer)) => drop(answer.send(Ok(PauseDone {
                     now: false,
@@ -523,6 +540,7 @@ impl Owner {
                 Request::Resume(_, _, answer) => drop(answer.send(Err(gone()))),
                 Request::Save(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Rollback(_, answer) => drop(answer.send(Err(gone()))),
+                Request::Network(change) => self.no_network(change, gone),
             }
         }
     }

@@ -76,7 +76,7 @@ impl Paused {
             auto_resume: self.journal.auto_resume,
             snapshot: Some(self.snapshot),
             envs: self.journal.envs.clone(),
-            allow_internet: self.journal.allow_internet,
+            network: self.journal.network.clone(),
         }
     }
 

@@ -11,7 +11,7 @@ use super::handle::{Certificate, Kept, Order, Resumed};
 use super::journal::Journal;
 use super::owner::{Common, Owner};
 use super::paused::Paused;
-use super::{CreateSandbox, SandboxError};
+use super::{CreateSandbox, SandboxError, network};
 use crate::capacity;
 use crate::guest::{Identity, Restored};
 use crate::lifetime::Lifetime;
@@ -138,13 +138,7 @@ impl Owner {
         if keep {
             journal.keep(&machine.folder)?;
         }
-        if !journal.allow_internet {
-            machine
-                .slot
-                .set_internet(false)
-                .await
-                .map_err(MachineError::from)?;
-        }
+        network::enforce(machine, journal).await?;
         phases.note("journal", &mut clock);
         machine.vm.resume().await.map_err(MachineError::from)?;
         phases.note("resume", &mut clock);

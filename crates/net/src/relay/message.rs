@@ -1,17 +1,31 @@
 //! As much of the DNS message format (RFC 1035, section 4) as a relay must understand.
 
 /// The fixed header.
-const HEADER: usize = 12;
+pub(super) const HEADER: usize = 12;
 /// The longest encoded name.
-const LONGEST_NAME: usize = 255;
+pub(super) const LONGEST_NAME: usize = 255;
 /// Bits of the header's third byte: answer, operation, truncated, recursion desired.
 const ANSWER: u8 = 0x80;
 const OPERATION: u8 = 0x78;
+pub(super) const TRUNCATED: u8 = 0x02;
 const RECURSION_DESIRED: u8 = 0x01;
 /// Bits of the fourth: recursion available, and the result.
 const RECURSION_AVAILABLE: u8 = 0x80;
 const RESULT: u8 = 0x0f;
-const SERVER_FAILURE: u8 = 2;
+
+/// Results of a query.
+pub(super) const NO_ERROR: u8 = 0;
+pub(super) const SERVER_FAILURE: u8 = 2;
+pub(super) const NO_SUCH_NAME: u8 = 3;
+pub(super) const NOT_IMPLEMENTED: u8 = 4;
+
+/// Types of records.
+pub(super) const A: u16 = 1;
+pub(super) const CNAME: u16 = 5;
+pub(super) const AAAA: u16 = 28;
+pub(super) const SVCB: u16 = 64;
+pub(super) const HTTPS: u16 = 65;
+pub(super) const ANY: u16 = 255;
 
 /// A query that is fit to be passed on.
 #[derive(Debug, Clone)]
@@ -72,17 +86,56 @@ impl Query {
 
     /// The answer "server failure".
     pub(super) fn failure(&self) -> Vec<u8> {
+        self.result(SERVER_FAILURE)
+    }
+
+    /// An answer of the relay's own: the question, a result, and no records.
+    pub(super) fn result(&self, result: u8) -> Vec<u8> {
         let mut bytes = self.bytes[..self.end].to_vec();
         bytes[2] = ANSWER | (bytes[2] & RECURSION_DESIRED);
-        bytes[3] = RECURSION_AVAILABLE | SERVER_FAILURE;
+        bytes[3] = RECURSION_AVAILABLE | result;
         bytes[4..HEADER].copy_from_slice(&[0, 1, 0, 0, 0, 0, 0, 0]);
         bytes
+    }
+
+    /// The answer "too long for a datagram, ask by TCP".
+    pub(super) fn truncated(&self) -> Vec<u8> {
+        let mut bytes = self.result(NO_ERROR);
+        bytes[2] |= TRUNCATED;
+        bytes
+    }
+
+    /// The type of record that is asked for.
+    pub(super) fn kind(&self) -> u16 {
+        // `end` is behind type and class.
+        u16::from_be_bytes([self.bytes[self.end - 4], self.bytes[self.end - 3]])
+    }
+
+    /// The name that is asked for, in lower case and without a dot at the end. A label that
+    /// contains a dot, or is no ASCII, makes a name that no pattern matches.
+    pub(super) fn name(&self) -> String {
+        let mut name = String::new();
+        let mut at = HEADER;
+        while let Some(len) = self.bytes.get(at).map(|len| usize::from(*len))
+            && len > 0
+        {
+            if !name.is_empty() {
+                name.push('.');
+            }
+            for byte in self.bytes.get(at + 1..at + 1 + len).unwrap_or_default() {
+                let plain = byte.is_ascii_graphic() && *byte != b'.';
+                let shown = if plain { *byte } else { b'?' };
+                name.push(char::from(shown.to_ascii_lowercase()));
+            }
+            at += 1 + len;
+        }
+        name
     }
 }
 
 /// Where the first question ends, if there is one: labels, a zero byte, type and class. A name
 /// in a first question has nothing before it to point to, so it is never compressed.
-fn question_end(bytes: &[u8]) -> Option<usize> {
+pub(super) fn question_end(bytes: &[u8]) -> Option<usize> {
     let mut at = HEADER;
     loop {
         let len = usize::from(*bytes.get(at)?);
@@ -141,6 +194,19 @@ mod tests {
             read.answer(&bare, [9, 9]).is_some(),
             "format error without the question"
         );
+    }
+
+    #[test]
+    fn a_query_knows_what_it_asks_for() {
+        let read = Query::read(&query([1, 2], "EXAMPLE.org")).unwrap();
+        assert_eq!((read.name().as_str(), read.kind()), ("example.org", A));
+        // "a.b" as one label is not the name a.b, nor is a byte that is no character.
+        let mut odd = query([1, 2], "aXb.org");
+        odd[14] = b'.';
+        assert_eq!(Query::read(&odd).unwrap().name(), "a?b.org");
+        odd[14] = 0xe4;
+        assert_eq!(Query::read(&odd).unwrap().name(), "a?b.org");
+        assert_eq!(read.truncated()[2] & TRUNCATED, TRUNCATED);
     }
 
     #[test]

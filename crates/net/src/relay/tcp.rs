@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use super::guard::Guard;
 use super::message::Query;
 use super::upstreams::Upstreams;
 
@@ -19,7 +20,7 @@ const STACK: usize = 128 * 1024;
 /// Keeps an error that does not go away (no descriptors left) from becoming a busy loop.
 const BREATHER: Duration = Duration::from_millis(50);
 
-pub(super) fn serve(listener: &TcpListener, upstreams: Upstreams) {
+pub(super) fn serve(listener: &TcpListener, guard: &Guard, upstreams: Upstreams) {
     let open = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -32,11 +33,19 @@ pub(super) fn serve(listener: &TcpListener, upstreams: Upstreams) {
         };
         let place = Place::take(&open);
         let upstreams = upstreams.clone();
+        let guard = match guard.try_clone() {
+            Ok(guard) => guard,
+            Err(error) => {
+                tracing::debug!(%error, "a connection to the resolver could not be served");
+                std::thread::sleep(BREATHER);
+                continue;
+            }
+        };
         if let Some(place) = place {
             let started = std::thread::Builder::new()
                 .stack_size(STACK)
                 .spawn(move || {
-                    if let Err(error) = converse(stream, upstreams) {
+                    if let Err(error) = converse(stream, guard, upstreams) {
                         tracing::debug!(%error, "a connection to the resolver ended early");
                     }
                     drop(place);
@@ -67,7 +76,7 @@ impl Drop for Place {
     }
 }
 
-fn converse(mut guest: TcpStream, mut upstreams: Upstreams) -> io::Result<()> {
+fn converse(mut guest: TcpStream, mut guard: Guard, mut upstreams: Upstreams) -> io::Result<()> {
     let end = Instant::now() + LIFETIME;
     guest.set_write_timeout(Some(PATIENCE))?;
     loop {
@@ -78,11 +87,13 @@ fn converse(mut guest: TcpStream, mut upstreams: Upstreams) -> io::Result<()> {
         let Some(query) = Query::read(&message) else {
             return Ok(());
         };
-        let answer = upstreams
-            .current()
-            .iter()
-            .find_map(|upstream| ask(&query, *upstream).ok().flatten())
-            .unwrap_or_else(|| query.failure());
+        let answer = guard.judge(&query).unwrap_or_else(|| {
+            upstreams
+                .current()
+                .iter()
+                .find_map(|upstream| ask(&query, *upstream).ok().flatten())
+                .map_or_else(|| query.failure(), |answer| guard.admit(&query, answer))
+        });
         write_message(&mut guest, &answer)?;
     }
 }
@@ -91,7 +102,7 @@ fn ask(query: &Query, upstream: SocketAddr) -> io::Result<Option<Vec<u8>>> {
     let end = Instant::now() + PATIENCE;
     let mut stream = TcpStream::connect_timeout(&upstream, PATIENCE)?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    let id = super::random()?;
+    let id = crate::sys::random()?;
     write_message(&mut stream, &query.numbered(id))?;
     Ok(read_message(&mut stream, end)?.and_then(|reply| query.answer(&reply, id)))
 }

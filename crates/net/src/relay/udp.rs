@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use super::guard::Guard;
 use super::message::Query;
 use super::upstreams::Upstreams;
 
@@ -20,6 +21,8 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 /// Attempts in all: with the patience above they end before the guest's own 5 s do.
 const ATTEMPTS: usize = 3;
 const LARGEST_DATAGRAM: usize = 65_535;
+/// An answer of this length every guest takes (RFC 1035, section 2.3.4).
+const ALWAYS_FITS: usize = 512;
 
 struct InFlight {
     query: Query,
@@ -30,7 +33,7 @@ struct InFlight {
     deadline: Instant,
 }
 
-pub(super) fn serve(guest: &UdpSocket, mut upstreams: Upstreams) -> io::Error {
+pub(super) fn serve(guest: &UdpSocket, mut guard: Guard, mut upstreams: Upstreams) -> io::Error {
     let mut flights: Vec<InFlight> = Vec::new();
     let mut buffer = vec![0; LARGEST_DATAGRAM];
     if let Err(error) = guest.set_nonblocking(true) {
@@ -48,7 +51,8 @@ pub(super) fn serve(guest: &UdpSocket, mut upstreams: Upstreams) -> io::Error {
             }
             match receive(&flights[at], &mut buffer) {
                 Received::Answer(answer) => {
-                    reply(guest, flights[at].guest, &answer);
+                    let flight = &flights[at];
+                    reply(guest, flight.guest, &admit(&mut guard, flight, answer));
                     flights.swap_remove(at);
                 }
                 Received::Refusal => flights[at].deadline = Instant::now(),
@@ -63,7 +67,7 @@ pub(super) fn serve(guest: &UdpSocket, mut upstreams: Upstreams) -> io::Error {
             }
         }
         if ready.contains(&0)
-            && let Err(error) = accept(guest, &mut flights, &mut upstreams, &mut buffer)
+            && let Err(error) = accept(guest, &mut guard, &mut flights, &mut upstreams, &mut buffer)
         {
             return error;
         }
@@ -104,6 +108,7 @@ fn wait(guest: &UdpSocket, flights: &[InFlight]) -> io::Result<Vec<usize>> {
 /// Takes what the guest has sent.
 fn accept(
     guest: &UdpSocket,
+    guard: &mut Guard,
     flights: &mut Vec<InFlight>,
     upstreams: &mut Upstreams,
     buffer: &mut [u8],
@@ -122,6 +127,10 @@ fn accept(
         let Some(query) = Query::read(&buffer[..len]) else {
             continue;
         };
+        if let Some(answer) = guard.judge(&query) {
+            reply(guest, from, &answer);
+            continue;
+        }
         let flight = if flights.len() < MOST_IN_FLIGHT {
             launch(query.clone(), from, upstreams)
         } else {
@@ -178,9 +187,19 @@ fn ask(query: &Query, upstream: SocketAddr) -> io::Result<(UdpSocket, [u8; 2])> 
     let socket = UdpSocket::bind(any)?;
     socket.set_nonblocking(true)?;
     socket.connect(upstream)?;
-    let id = super::random()?;
+    let id = crate::sys::random()?;
     socket.send(&query.numbered(id))?;
     Ok((socket, id))
+}
+
+/// What the guest gets. Written out, an answer may be longer than it came.
+fn admit(guard: &mut Guard, flight: &InFlight, answer: Vec<u8>) -> Vec<u8> {
+    let room = answer.len().max(ALWAYS_FITS);
+    let admitted = guard.admit(&flight.query, answer);
+    if admitted.len() > room {
+        return flight.query.truncated();
+    }
+    admitted
 }
 
 enum Received {

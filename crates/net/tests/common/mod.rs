@@ -2,6 +2,7 @@
 //! the host's objects.
 #![allow(dead_code)]
 
+pub mod dns;
 mod tap;
 
 use std::fs::File;
@@ -16,7 +17,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use wrenn_net::{NetConfig, Slot};
+use wrenn_net::{NetConfig, NetworkPolicy, Slot};
+
+/// A policy of these lists.
+pub fn policy(internet: bool, allow: &[&str], deny: &[&str]) -> NetworkPolicy {
+    NetworkPolicy::read(internet, allow, deny).unwrap()
+}
 
 /// A test's own name prefix, subnet and folder, so that tests run side by side.
 pub struct Bed {
@@ -33,6 +39,11 @@ impl Bed {
             subnet,
             folder: tempfile::tempdir().unwrap(),
         }
+    }
+
+    /// Where the pool keeps its notes.
+    pub fn state(&self) -> &std::path::Path {
+        self.folder.path()
     }
 
     pub fn config(&self) -> NetConfig {
@@ -73,6 +84,69 @@ pub fn host_objects(prefix: &str) -> Vec<String> {
         })
         .map(str::to_owned)
         .collect()
+}
+
+/// What an agent tells a relay, as `docs/architecture.md` has it: a line about the rest, which
+/// says its length and checksum (FNV-1a), then the rest.
+pub fn notice(body: &str) -> File {
+    let sum = body.bytes().fold(0x811c_9dc5_u32, |sum, byte| {
+        (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    let mut file = tempfile::tempfile().unwrap();
+    let len = body.len();
+    write!(file, "wrenn-network-policy 1 {len:08x} {sum:08x}\n{body}").unwrap();
+    file
+}
+
+/// The world outside: a namespace behind a link of the host.
+pub struct World {
+    pub net: Netns,
+    /// The host's address on that link.
+    pub host: String,
+    /// What the host routes there.
+    pub addrs: Vec<String>,
+}
+
+impl World {
+    pub fn new(name: &str, third: u8, addrs: &[&str]) -> Self {
+        let net = Netns::new(&format!("{name}-world"));
+        let host = format!("10.250.{third}.1");
+        run(&format!(
+            "ip link add {name}w type veth peer name eth0 netns {name}-world"
+        ));
+        run(&format!("ip addr add {host}/30 dev {name}w"));
+        run(&format!("ip link set {name}w up"));
+        net.ip(&format!("addr add 10.250.{third}.2/30 dev eth0"));
+        net.ip("link set lo up");
+        net.ip("link set eth0 up");
+        net.ip(&format!("route add default via {host}"));
+        for addr in addrs {
+            net.ip(&format!("addr add {addr}/32 dev lo"));
+            run(&format!("ip route add {addr}/32 via 10.250.{third}.2"));
+        }
+        Self {
+            net,
+            host,
+            addrs: addrs.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // The link and the routes through it go with the namespace, but not at once.
+        self.net.ip("link del eth0");
+    }
+}
+
+/// Longer than an answer takes, far shorter than a time-out.
+pub const AT_ONCE: Duration = Duration::from_millis(500);
+
+#[track_caller]
+pub fn refused_at_once(guest: &Guest, addr: &str) {
+    let (result, took) = guest.connect(addr);
+    assert!(result.is_err(), "{addr} answered the guest");
+    assert!(took < AT_ONCE, "{addr}: {result:?} only after {took:?}");
 }
 
 /// A named namespace that goes with the value.

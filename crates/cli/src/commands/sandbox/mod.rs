@@ -9,6 +9,7 @@ pub(crate) mod inspect;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod logs;
+pub(crate) mod network;
 pub(crate) mod pause;
 pub(crate) mod shell;
 pub(crate) mod why;
@@ -57,6 +58,10 @@ pub(crate) enum Command {
     Events(why::Args),
     /// Show how busy a sandbox is and was
     Stats(why::StatsArgs),
+    /// Show or change what a sandbox may reach, connections that are open included
+    Network(network::Args),
+    /// List what a sandbox tried to reach and was refused
+    Denials(network::DenialsArgs),
 }
 
 impl Command {
@@ -74,6 +79,8 @@ impl Command {
             Command::Rollback(args) => args.output.json,
             Command::Why(args) | Command::Events(args) => args.output.json,
             Command::Stats(args) => args.output.json,
+            Command::Network(args) => args.output.json,
+            Command::Denials(args) => args.output.json,
             Command::Exec(_) | Command::Shell(_) | Command::Cp(_) | Command::Logs(_) => false,
         }
     }
@@ -98,6 +105,8 @@ impl Command {
             Command::Why(args) => why::why(args, context).await,
             Command::Events(args) => why::events(args, context).await,
             Command::Stats(args) => why::stats(args, context).await,
+            Command::Network(args) => network::run(args, context).await,
+            Command::Denials(args) => network::denials(args, context).await,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod metrics;
 mod model;
+mod network;
 mod sandboxes;
 mod snapshots;
 mod unsupported;
@@ -28,6 +29,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sandboxes::logs))
         .routes(routes!(metrics::of_many))
         .routes(routes!(metrics::of_one))
+        .routes(routes!(network::put))
         .routes(routes!(snapshots::pause))
         .routes(routes!(snapshots::resume))
         .routes(routes!(snapshots::fork))

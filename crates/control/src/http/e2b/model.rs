@@ -7,7 +7,9 @@ use serde_json::Value;
 use utoipa::ToSchema;
 use wrenn_store::Timestamp;
 
+use super::network::NetworkModel;
 use crate::app::{Failure, Sandbox};
+use crate::host::NetworkRules;
 use crate::{ControlConfig, DEFAULT_DOMAIN};
 
 /// Required by the clients and used by none.
@@ -37,7 +39,7 @@ pub(crate) struct NewSandbox {
     auto_pause_memory: Option<bool>,
     pub(super) auto_resume: Option<AutoResume>,
     #[schema(value_type = Option<Object>)]
-    network: Option<Value>,
+    pub(super) network: Option<Value>,
     /// What this server does not know: refused by name, unless it asks for nothing.
     #[serde(flatten)]
     #[schema(ignore)]
@@ -52,7 +54,7 @@ pub(crate) struct AutoResume {
 }
 
 /// Whether a value asks for something at all.
-fn asks(value: &Value) -> bool {
+pub(super) fn asks(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => false,
         Value::String(text) => !text.is_empty(),
@@ -75,6 +77,7 @@ impl NewSandbox {
                     // Public traffic is what there is; to refuse it is an option.
                     let fine = match name.as_str() {
                         "allowPublicTraffic" => *value != Value::Bool(false),
+                        "allowOut" | "denyOut" => true,
                         _ => !asks(value),
                     };
                     if !fine {
@@ -91,19 +94,24 @@ impl NewSandbox {
                 .filter(|(_, v)| asks(v))
                 .map(|(name, _)| name.clone()),
         );
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        let names: Vec<String> = wanted
-            .iter()
-            .take(10)
-            .map(|n| n.chars().take(60).collect())
-            .collect();
-        Err(Failure::invalid(format!(
-            "not offered by this server: {}",
-            names.join(", ")
-        )))
+        not_offered(wanted)
     }
+}
+
+/// Refuses by name what this server does not offer, if there is such a thing.
+pub(super) fn not_offered(wanted: Vec<String>) -> Result<(), Failure> {
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<String> = wanted
+        .iter()
+        .take(10)
+        .map(|n| n.chars().take(60).collect())
+        .collect();
+    Err(Failure::invalid(format!(
+        "not offered by this server: {}",
+        names.join(", ")
+    )))
 }
 
 /// A sandbox that was created or connected to.
@@ -188,6 +196,7 @@ pub(crate) struct SandboxDetail {
     envd_access_token: Option<String>,
     #[serde(rename = "allowInternetAccess")]
     allow_internet_access: bool,
+    network: NetworkModel,
     domain: Option<String>,
     lifecycle: Lifecycle,
 }
@@ -241,10 +250,19 @@ impl ListedSandbox {
 
 impl SandboxDetail {
     pub(super) fn new(config: &ControlConfig, sandbox: &Sandbox) -> Option<Self> {
+        // While its host does not answer: as it was when it was made.
+        let rules = match &sandbox.live {
+            Some(live) => live.network.clone(),
+            None => NetworkRules {
+                allow_internet: sandbox.row.allow_internet,
+                ..NetworkRules::default()
+            },
+        };
         Some(SandboxDetail {
             listed: ListedSandbox::new(sandbox)?,
             envd_access_token: token(sandbox),
-            allow_internet_access: sandbox.row.allow_internet,
+            allow_internet_access: rules.allow_internet,
+            network: NetworkModel::from(&rules),
             domain: domain(config),
             lifecycle: Lifecycle {
                 auto_resume: sandbox.row.auto_resume,

@@ -14,6 +14,7 @@ use super::model::{
     Connect, E2bErrorBody, ListedSandbox, LogEntry, LogLine, Logs, NewSandbox, Refresh,
     SandboxDetail, SandboxModel, SetTimeout,
 };
+use super::network::rules_of_new;
 use crate::app::{App, Clock, Code, CreateSpec, Destroyed, Failure, Sandbox, template_name};
 use crate::auth::Principal;
 use crate::http::error::E2bError;
@@ -108,6 +109,7 @@ async fn create(
             format!("metadata has {bytes} bytes; at most {MAX_METADATA_BYTES} are allowed");
         return Err(Failure::invalid(message).into());
     }
+    let network = rules_of_new(body.allow_internet_access, body.network.as_ref())?;
     let spec = CreateSpec {
         template: Some(body.template_id),
         vcpus: None,
@@ -116,7 +118,7 @@ async fn create(
         envs: body.env_vars.unwrap_or_default(),
         clock: Clock::Absolute(timeout),
         secure,
-        allow_internet: body.allow_internet_access.unwrap_or(true),
+        network,
         pause_at_end: body.auto_pause.unwrap_or(false),
         auto_resume: body.auto_resume.is_some_and(|resume| resume.enabled),
         idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),

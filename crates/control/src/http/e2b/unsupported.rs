@@ -10,8 +10,7 @@ use axum::routing::any;
 use crate::app::{App, Code, Failure};
 use crate::http::error::E2bError;
 
-const ROUTES: [&str; 21] = [
-    "/sandboxes/{id}/network",
+const ROUTES: [&str; 20] = [
     "/v2/sandboxes/{id}/logs",
     "/templates",
     "/templates/tags",

@@ -5,6 +5,7 @@ mod files;
 mod history;
 mod keys;
 mod messages;
+mod network;
 mod processes;
 mod pty;
 mod sandboxes;
@@ -30,6 +31,8 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(history::events))
         .routes(routes!(history::why))
         .routes(routes!(history::metrics))
+        .routes(routes!(network::get, network::put))
+        .routes(routes!(network::denials))
         .routes(routes!(snapshots::pause))
         .routes(routes!(snapshots::resume))
         .routes(routes!(snapshots::fork))

@@ -13,6 +13,7 @@ use wrenn_store::{Page, SandboxFilter};
 use wrenn_types::{SandboxId, SandboxState};
 
 use super::ErrorBody;
+use super::network::Network;
 use crate::app::{App, Clock, CreateSpec, Failure, Sandbox};
 use crate::auth::Principal;
 use crate::http::ApiError;
@@ -54,14 +55,6 @@ pub(crate) struct CreateSandbox {
     auto_resume: Option<bool>,
     /// What it may reach.
     network: Option<Network>,
-}
-
-/// What a sandbox may reach.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Network {
-    /// The public internet; yes by default. Private addresses are never reached.
-    allow_internet: Option<bool>,
 }
 
 /// A sandbox.
@@ -159,7 +152,7 @@ fn spec(body: CreateSandbox) -> Result<CreateSpec, Failure> {
         envs: body.env.unwrap_or_default(),
         clock: Clock::Idle(idle),
         secure: true,
-        allow_internet: body.network.and_then(|n| n.allow_internet).unwrap_or(true),
+        network: body.network.unwrap_or_default().into(),
         pause_at_end,
         auto_resume: body.auto_resume.unwrap_or(false),
         idempotency: None,

@@ -1,0 +1,303 @@
+//! Names: what the relay resolves for a guest, what that opens in the firewall, and what it
+//! never tells. The resolver is one of the test, in a namespace of the test.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+mod common;
+
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use common::dns::{self, Data, Zone};
+use common::{Bed, Guest, Listener, World, policy, refused_at_once, run};
+use wrenn_net::relay::{self, RelayFiles, Upstreams};
+use wrenn_net::{Slot, SlotPool};
+
+const A: u16 = 1;
+const AAAA: u16 = 28;
+
+/// The relay of a slot, in a process of its own as in life: it outlives what starts it, and
+/// has no rights. Ended when dropped.
+struct Relay(std::process::Child);
+
+/// Run by [`Relay::start`] with the descriptors 10 to 13.
+#[test]
+#[ignore = "started by other tests, as another user"]
+fn relay_process() {
+    use std::os::fd::{FromRawFd, OwnedFd};
+    let upstream = std::env::var("UPSTREAM").unwrap().parse().unwrap();
+    // SAFETY: `Relay::start` left these four open for this process, and nobody else has them.
+    #[allow(unsafe_code)]
+    let files = (10..14).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let files = RelayFiles::from_descriptors(files.collect()).unwrap();
+    panic!("{}", relay::serve(files, Upstreams::fixed([upstream])));
+}
+
+impl Relay {
+    async fn start(slot: &Slot, upstream: &str) -> Self {
+        use std::os::fd::AsRawFd;
+        let files = slot.relay().await.unwrap().into_descriptors();
+        // The shell gives the descriptors their numbers and setpriv takes the rights away.
+        let redirects: Vec<String> = files
+            .iter()
+            .zip(10..)
+            .map(|(fd, to)| format!("{to}<&{}", fd.as_raw_fd()))
+            .collect();
+        for fd in &files {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
+        }
+        let folder = std::env::temp_dir();
+        let exe = std::env::current_exe().unwrap();
+        let script = format!(
+            "exec setpriv --reuid 65534 --clear-groups --inh-caps=-all --bounding-set=-all \
+             /proc/self/fd/9 --exact --ignored --nocapture relay_process 9<{} {}",
+            exe.display(),
+            redirects.join(" ")
+        );
+        let child = std::process::Command::new("bash")
+            .args(["-c", &script])
+            .env("UPSTREAM", upstream)
+            .current_dir(folder)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// Asks the guest's resolver; waits for one that is still starting.
+fn resolve(guest: &Guest, name: &str, kind: u16) -> Result<(Vec<Ipv4Addr>, u32), u8> {
+    let query = dns::query(4711, name, kind);
+    let start = Instant::now();
+    loop {
+        match guest.ask("169.254.0.22:53", &query) {
+            Ok(reply) => return dns::read(&reply),
+            Err(error) => assert!(start.elapsed() < Duration::from_secs(5), "{name}: {error}"),
+        }
+    }
+}
+
+fn resolve_by_tcp(guest: &Guest, name: &str) -> Result<(Vec<Ipv4Addr>, u32), u8> {
+    let query = dns::query(4712, name, A);
+    let reply = guest.net.inside(move || {
+        let mut stream = TcpStream::connect("169.254.0.22:53").unwrap();
+        dns::write_message(&mut stream, &query);
+        dns::read_message(&mut stream)
+    });
+    dns::read(&reply)
+}
+
+fn addrs(list: &[&str]) -> Vec<Ipv4Addr> {
+    list.iter().map(|addr| addr.parse().unwrap()).collect()
+}
+
+/// A zone behind a resolver in the world, at port 5353 of it.
+fn serve(world: &World, names: &[(&'static str, Data)]) -> String {
+    let zone: Zone = names.iter().cloned().collect();
+    let (udp, tcp) = world.net.inside(|| {
+        (
+            UdpSocket::bind("0.0.0.0:5353").unwrap(),
+            TcpListener::bind("0.0.0.0:5353").unwrap(),
+        )
+    });
+    dns::serve(udp, tcp, zone);
+    let link = world.host.rsplit_once('.').unwrap().0;
+    format!("{link}.2:5353")
+}
+
+async fn pool(bed: &Bed) -> SlotPool {
+    let mut config = bed.config();
+    config.open = vec!["203.0.113.0/24".parse().unwrap()];
+    SlotPool::start(config).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn g35_a_name_opens_its_addresses_and_nothing_else() {
+    let world = World::new(
+        "nna",
+        51,
+        &["203.0.113.51", "203.0.113.151", "203.0.113.152"],
+    );
+    let upstream = serve(
+        &world,
+        &[
+            ("mirror.example", Data::Addrs(addrs(&["203.0.113.51"]))),
+            ("www.cdn.example", Data::Alias("edge.elsewhere.example")),
+            (
+                "edge.elsewhere.example",
+                Data::Addrs(addrs(&["203.0.113.151"])),
+            ),
+            ("evil.example", Data::Addrs(addrs(&["203.0.113.152"]))),
+        ],
+    );
+    let bed = Bed::new("nna", 51);
+    let pool = pool(&bed).await;
+    let slot = pool.take().await.unwrap();
+    let guest = Guest::new("nna-guest", &slot).await;
+    let _relay = Relay::start(&slot, &upstream).await;
+    let _internet = Listener::inside(&world.net, "0.0.0.0:7001");
+
+    // Everything resolves and is open; nothing is shortened.
+    let day = 86_400;
+    assert_eq!(
+        resolve(&guest, "evil.example", A),
+        Ok((addrs(&["203.0.113.152"]), day))
+    );
+    assert_eq!(guest.connect("203.0.113.152:7001").0, Ok(()));
+
+    // Two names only, one of them a pattern.
+    let only = policy(true, &["mirror.example", "*.cdn.example"], &["0.0.0.0/0"]);
+    slot.set_policy(&only).await.unwrap();
+    for addr in [
+        "203.0.113.51:7001",
+        "203.0.113.151:7001",
+        "203.0.113.152:7001",
+    ] {
+        refused_at_once(&guest, addr);
+    }
+    assert_eq!(
+        resolve(&guest, "Mirror.Example", A),
+        Ok((addrs(&["203.0.113.51"]), 300)),
+        "to be asked for again while it is open"
+    );
+    assert_eq!(guest.connect("203.0.113.51:7001").0, Ok(()));
+    refused_at_once(&guest, "203.0.113.151:7001");
+    // By way of an alias to a name that is not on the list, and by TCP.
+    assert_eq!(
+        resolve_by_tcp(&guest, "www.cdn.example"),
+        Ok((addrs(&["203.0.113.151"]), 300))
+    );
+    assert_eq!(guest.connect("203.0.113.151:7001").0, Ok(()));
+    // Other names do not exist, so that asking for one carries nothing out; nor do those
+    // above, below or beside what is listed.
+    for name in [
+        "evil.example",
+        "cdn.example",
+        "edge.elsewhere.example",
+        "a.mirror.example",
+        "xmirror.example",
+    ] {
+        assert_eq!(resolve(&guest, name, A), Err(3), "{name}");
+    }
+    refused_at_once(&guest, "203.0.113.152:7001");
+    // What the relay says from its own port the guest cannot say: its packets never pass there.
+    guest.net.inside(|| {
+        let socket = UdpSocket::bind("0.0.0.0:5300").unwrap();
+        drop(socket.send_to(&[0; 8], "169.254.0.22:9"));
+    });
+
+    // More names: what is open stays open.
+    let open = guest
+        .net
+        .inside(|| TcpStream::connect("203.0.113.51:7001").unwrap());
+    let more = policy(
+        true,
+        &["mirror.example", "*.cdn.example", "evil.example"],
+        &["0.0.0.0/0"],
+    );
+    slot.set_policy(&more).await.unwrap();
+    assert_eq!(guest.connect("203.0.113.51:7001").0, Ok(()));
+    refused_at_once(&guest, "203.0.113.152:7001");
+    resolve(&guest, "evil.example", A).unwrap();
+    assert_eq!(guest.connect("203.0.113.152:7001").0, Ok(()));
+    // Fewer: all is closed until it is resolved again.
+    slot.set_policy(&policy(false, &["mirror.example"], &[]))
+        .await
+        .unwrap();
+    for addr in ["203.0.113.51:7001", "203.0.113.152:7001"] {
+        refused_at_once(&guest, addr);
+    }
+    assert_eq!(resolve(&guest, "evil.example", A), Err(3));
+    resolve(&guest, "mirror.example", A).unwrap();
+    assert_eq!(guest.connect("203.0.113.51:7001").0, Ok(()));
+    drop(open);
+
+    drop((_relay, guest));
+    pool.give_back(slot).await;
+    pool.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn g35_no_answer_points_to_what_is_forbidden() {
+    let world = World::new("nnb", 52, &["203.0.113.52", "172.31.99.52"]);
+    let inward = [
+        "127.0.0.1",
+        "10.250.52.1",
+        "10.250.52.2",
+        "172.31.99.52",
+        "192.168.1.1",
+        "169.254.169.254",
+        "169.254.0.22",
+        "100.100.100.200",
+        "0.0.0.0",
+        // The host's own, in a range that the operator has opened.
+        "203.0.113.252",
+    ];
+    run("ip addr add 203.0.113.252/32 dev nnbw");
+    let mut mixed = inward.to_vec();
+    mixed.insert(3, "203.0.113.52");
+    let upstream = serve(
+        &world,
+        &[
+            ("inward.example", Data::Addrs(addrs(&inward))),
+            ("mixed.example", Data::Addrs(addrs(&mixed))),
+            ("alias.example", Data::Alias("mixed.example")),
+        ],
+    );
+    let bed = Bed::new("nnb", 52);
+    let pool = pool(&bed).await;
+    let slot = pool.take().await.unwrap();
+    let guest = Guest::new("nnb-guest", &slot).await;
+    let relay = Relay::start(&slot, &upstream).await;
+    let _internet = Listener::inside(&world.net, "0.0.0.0:7001");
+
+    // Control: the resolver itself tells all of it.
+    let query = dns::query(1, "mixed.example", A);
+    let told = {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.send_to(&query, &upstream).unwrap();
+        let mut buffer = [0; 2048];
+        let len = socket.recv(&mut buffer).unwrap();
+        dns::read(&buffer[..len]).unwrap().0
+    };
+    assert_eq!(told, addrs(&mixed));
+
+    let public = addrs(&["203.0.113.52"]);
+    for policy in [
+        policy(true, &[], &[]),
+        policy(true, &["10.0.0.0/8", "127.0.0.0/8"], &[]),
+        policy(true, &["*.example", "inward.example"], &["0.0.0.0/0"]),
+    ] {
+        slot.set_policy(&policy).await.unwrap();
+        for (name, expected) in [
+            ("inward.example", &[][..]),
+            ("mixed.example", &public),
+            ("alias.example", &public),
+        ] {
+            assert_eq!(resolve(&guest, name, A).unwrap().0, expected, "{name}");
+            assert_eq!(resolve_by_tcp(&guest, name).unwrap().0, expected, "{name}");
+            // No IPv6, and no hints: the name is there and has none.
+            for kind in [AAAA, 64, 65] {
+                assert!(resolve(&guest, name, kind).unwrap().0.is_empty(), "{name}");
+            }
+            assert_eq!(resolve(&guest, name, 255), Err(4), "any");
+        }
+        assert_eq!(guest.connect("203.0.113.52:7001").0, Ok(()));
+        refused_at_once(&guest, "172.31.99.52:7001");
+    }
+
+    // Nobody can tell what is in force: then nothing resolves.
+    let notice = bed.state().join(format!("net/policies/{}", slot.name()));
+    std::fs::write(&notice, "torn").unwrap();
+    assert_eq!(resolve(&guest, "mixed.example", A), Err(2));
+
+    drop((relay, guest));
+    pool.give_back(slot).await;
+    pool.shutdown().await;
+}
