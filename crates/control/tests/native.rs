@@ -132,7 +132,8 @@ async fn bad_input_is_refused_by_name_and_leaves_nothing() {
         (json!({"env": {"A=B": "x"}}), "A=B"),
         (json!({"memroy_mb": 512}), "memroy_mb"),
         (json!({"on_timeout": "explode"}), "explode"),
-        (json!({"network": {"allow": true}}), "allow"),
+        (json!({"network": {"allow": true}}), "sequence"),
+        (json!({"network": {"allowed": []}}), "allowed"),
         (json!([1]), "expected"),
     ] {
         let error = bed
