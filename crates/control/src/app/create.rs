@@ -76,17 +76,18 @@ impl App {
         team: TeamId,
         spec: CreateSpec,
     ) -> Result<Created, Failure> {
-        if let Some(key) = &spec.idempotency
-            && let Some(known) = self.created_before(team, key).await?
-        {
-            return Ok(known);
-        }
         check_envs(&spec.envs)?;
-        let plan = self.plan(team, &spec).await?;
         let app = Arc::clone(self);
-        finish(tokio::spawn(
-            async move { app.bring_up(team, plan, spec).await },
-        ))
+        // From here on it is nobody's connection that matters (G1).
+        finish(tokio::spawn(async move {
+            if let Some(key) = &spec.idempotency
+                && let Some(known) = app.created_before(team, key).await?
+            {
+                return Ok(known);
+            }
+            let plan = app.plan(team, &spec).await?;
+            app.bring_up(team, plan, spec).await
+        }))
         .await
     }
 
