@@ -30,6 +30,7 @@ impl HostState {
         state.count_mounts(data_dir, &prefix);
         state.count_loop_devices(data_dir);
         state.count_firewall_tables(&prefix);
+        state.count_control_groups(&prefix);
         state.count_files(data_dir, data_dir);
         if let Some(pid) = server {
             let open = fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
@@ -98,6 +99,7 @@ impl HostState {
             "mount",
             "loop device",
             "firewall table",
+            "control group",
         ] {
             assert_eq!(self.count(kind), 0, "{kind} left over:\n{self}");
         }
@@ -201,6 +203,16 @@ impl HostState {
             "firewall table",
             tables.filter(|name| name.starts_with(prefix)).count(),
         );
+    }
+
+    /// Of machines, in whichever version this host has.
+    fn count_control_groups(&mut self, prefix: &str) {
+        let mounted = Path::new("/sys/fs/cgroup");
+        for tree in ["", "cpu", "memory", "pids"] {
+            let machines = names(&mounted.join(tree).join(prefix));
+            let machines = machines.iter().filter(|name| name.starts_with("m-"));
+            self.add("control group", machines.count());
+        }
     }
 
     /// Every file by its place, ids and digests left out.

@@ -16,6 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{Access, access};
 use wrenn_types::Shape;
 
 /// Where control groups are mounted.
@@ -32,6 +33,9 @@ const MONITOR_BYTES: u64 = 512 << 20;
 const TASKS: u64 = 160;
 /// How long a group whose last process was just killed may take to be empty.
 const EMPTY_WITHIN: Duration = Duration::from_secs(2);
+
+/// The file that says which controllers the folders below have.
+const PASSED_ON: &str = "cgroup.subtree_control";
 
 /// The controllers that are used.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -78,15 +82,16 @@ pub struct Cgroups {
 }
 
 impl Cgroups {
-    /// Looks which ones this host has. `name` is the folder for the groups of this agent.
+    /// Looks which ones this host has, and changes nothing. `name` is the folder for the groups of
+    /// this agent.
     pub fn probe(name: &str) -> Cgroups {
         Cgroups::probe_at(Path::new(MOUNTED), name)
     }
 
     fn probe_at(mounted: &Path, name: &str) -> Cgroups {
         let layout = match fs::read_to_string(mounted.join("cgroup.controllers")) {
-            Ok(controllers) => unified(mounted, &controllers, name),
-            Err(_) => per_controller(mounted, name),
+            Ok(controllers) => unified(mounted, &controllers),
+            Err(_) => per_controller(mounted),
         };
         Cgroups {
             layout,
@@ -121,6 +126,9 @@ impl Cgroups {
     /// Puts processes into a group of their own with these limits. On a host without control
     /// groups it does nothing, which [`Cgroups::describe`] tells.
     pub fn confine(&self, machine: &str, limits: Limits, pids: &[u32]) -> io::Result<()> {
+        if let Layout::Unified(root) = &self.layout {
+            self.pass_controllers_on(root)?;
+        }
         for (controller, folder) in self.folders(machine) {
             fs::create_dir_all(&folder).map_err(|e| named("make", &folder, e))?;
             for (file, value) in settings(controller, limits) {
@@ -131,6 +139,14 @@ impl Cgroups {
             }
         }
         Ok(())
+    }
+
+    /// In version 2 each folder from the root down has to pass the controllers on to those in it.
+    fn pass_controllers_on(&self, root: &Path) -> io::Result<()> {
+        let folder = root.join(&self.name);
+        write(&root.join(PASSED_ON), "+cpu +memory +pids")?;
+        fs::create_dir_all(&folder).map_err(|e| named("make", &folder, e))?;
+        write(&folder.join(PASSED_ON), "+cpu +memory +pids")
     }
 
     /// How many processes of the group the kernel has killed for want of memory; 0 where that is
@@ -223,40 +239,30 @@ impl Cgroups {
     }
 }
 
-fn unified(mounted: &Path, controllers: &str, name: &str) -> Layout {
+fn unified(mounted: &Path, controllers: &str) -> Layout {
     let has = |wanted: &&str| controllers.split_whitespace().any(|c| c == *wanted);
     if let Some(lacking) = CONTROLLERS.iter().find(|wanted| !has(wanted)) {
         return Layout::Missing(format!(
             "control groups v2 without the controller {lacking}"
         ));
     }
-    let folder = mounted.join(name);
-    let ready = || -> io::Result<()> {
-        // From the root down each folder has to pass the controllers on to those in it.
-        write(
-            &mounted.join("cgroup.subtree_control"),
-            "+cpu +memory +pids",
-        )?;
-        fs::create_dir_all(&folder).map_err(|e| named("make", &folder, e))?;
-        write(&folder.join("cgroup.subtree_control"), "+cpu +memory +pids")
-    };
-    match ready() {
+    match access(mounted, Access::WRITE_OK) {
         Ok(()) => Layout::Unified(mounted.to_owned()),
-        Err(error) => Layout::Missing(format!("control groups v2 cannot be used: {error}")),
+        Err(error) => Layout::Missing(format!("control groups v2 cannot be written to: {error}")),
     }
 }
 
-fn per_controller(mounted: &Path, name: &str) -> Layout {
+fn per_controller(mounted: &Path) -> Layout {
     let mut trees = Vec::new();
     let mut why = "no control groups are mounted".to_owned();
     for controller in CONTROLLERS {
         let tree = mounted.join(controller);
-        let usable = fs::metadata(tree.join("cgroup.procs"))
-            .and_then(|_| fs::create_dir_all(tree.join(name)));
-        match usable {
+        if !tree.join("cgroup.procs").exists() {
+            continue;
+        }
+        match access(&tree, Access::WRITE_OK) {
             Ok(()) => trees.push((controller, tree)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => why = format!("{} cannot be used: {error}", tree.display()),
+            Err(error) => why = format!("{} cannot be written to: {error}", tree.display()),
         }
     }
     match trees.is_empty() {

@@ -149,6 +149,23 @@ impl Store {
         rows.iter().map(read).collect()
     }
 
+    /// The newest `most` events of a sandbox, in their order.
+    pub async fn newest_events(
+        &self,
+        sandbox: SandboxId,
+        most: u32,
+    ) -> Result<Vec<EventRow>, StoreError> {
+        let rows = sqlx::query(
+            "SELECT * FROM sandbox_events WHERE sandbox_id = $1 ORDER BY id DESC LIMIT $2",
+        )
+        .bind(sandbox.uuid().to_string())
+        .bind(i64::from(most))
+        .fetch_all(self.reader())
+        .await
+        .map_err(StoreError::doing("listing the newest events"))?;
+        rows.iter().rev().map(read).collect()
+    }
+
     /// How a sandbox ended, if its host has told.
     pub async fn end_event(&self, sandbox: SandboxId) -> Result<Option<EventRow>, StoreError> {
         let row = sqlx::query(
@@ -215,9 +232,12 @@ mod tests {
         let kinds = |rows: Vec<EventRow>| rows.into_iter().map(|r| r.kind).collect::<Vec<_>>();
         let all = store.events(a, 0, 10).await.unwrap();
         let first = all[0].id;
-        assert_eq!(kinds(all), ["started", "ended"]);
+        assert_eq!(kinds(all.clone()), ["started", "ended"]);
         assert_eq!(kinds(store.events(a, first, 10).await.unwrap()), ["ended"]);
         assert_eq!(kinds(store.events(a, 0, 1).await.unwrap()), ["started"]);
+        let newest = store.newest_events(a, 1).await.unwrap();
+        assert_eq!(kinds(newest), ["ended"]);
+        assert_eq!(store.newest_events(a, 9).await.unwrap(), all);
         let end = store.end_event(a).await.unwrap().unwrap();
         assert_eq!(end.death.unwrap().cause, "request");
         assert_eq!(store.end_event(b).await.unwrap(), None);

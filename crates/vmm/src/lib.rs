@@ -65,3 +65,4 @@ pub use machine::{
 pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
 pub use qcow2::{OverlayError, create_overlay};
 pub use qemu::{QemuConfig, QemuVmm, state_file};
+pub use record::post_mortem;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -114,6 +114,41 @@ impl Record {
 pub(crate) fn read_exit(dir: &Path) -> Option<ExitReason> {
     let bytes = fs::read(dir.join(EXIT)).ok()?;
     serde_json::from_slice(&bytes).ok()
+}
+
+/// The end of what the guest wrote to its console.
+pub(crate) fn console_tail(dir: &Path, bytes: usize) -> Result<Vec<u8>, VmmError> {
+    let path = dir.join(CONSOLE);
+    let read = || -> io::Result<Vec<u8>> {
+        let file = File::open(&path)?;
+        let length = file.metadata()?.len();
+        let start = length.saturating_sub(bytes as u64);
+        let mut tail = vec![0; (length - start) as usize];
+        // The log may be cut meanwhile: what is there then is shorter.
+        let mut filled = 0;
+        while filled < tail.len() {
+            match file.read_at(&mut tail[filled..], start + filled as u64)? {
+                0 => break,
+                count => filled += count,
+            }
+        }
+        tail.truncate(filled);
+        Ok(tail)
+    };
+    read().map_err(|source| VmmError::File {
+        what: "cannot read the console",
+        path: path.clone(),
+        source,
+    })
+}
+
+/// What is left of a machine that has died, from its folder: how it ended, if somebody saw it,
+/// and the last `console` bytes of its console, as far as they can be read.
+pub fn post_mortem(dir: &Path, console: usize) -> (Option<ExitReason>, Vec<u8>) {
+    (
+        read_exit(dir),
+        console_tail(dir, console).unwrap_or_default(),
+    )
 }
 
 #[cfg(test)]

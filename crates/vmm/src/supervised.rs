@@ -1,8 +1,6 @@
 //! The processes of a machine, whatever monitor runs it: held, watched and ended.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +13,7 @@ use crate::VmmError;
 use crate::keeper::unix_ms;
 use crate::machine::{ExitCause, ExitReason, MachinePids, MemoryUse, ProcessId};
 use crate::process::{Watched, boot_id, private_bytes};
-use crate::record::{CONSOLE, Monitor, Record, read_exit};
+use crate::record::{self, Monitor, Record, read_exit};
 
 /// How long a process may take to vanish after SIGKILL: its memory is taken down first.
 pub(crate) const DEATH_PATIENCE: Duration = Duration::from_secs(20);
@@ -182,28 +180,7 @@ impl Supervised {
 
     /// See [`crate::Machine::console_tail`].
     pub(crate) fn console_tail(&self, bytes: usize) -> Result<Vec<u8>, VmmError> {
-        let path = self.dir.join(CONSOLE);
-        let read = || -> io::Result<Vec<u8>> {
-            let file = File::open(&path)?;
-            let length = file.metadata()?.len();
-            let start = length.saturating_sub(bytes as u64);
-            let mut tail = vec![0; (length - start) as usize];
-            // The log may be cut meanwhile: what is there then is shorter.
-            let mut filled = 0;
-            while filled < tail.len() {
-                match file.read_at(&mut tail[filled..], start + filled as u64)? {
-                    0 => break,
-                    count => filled += count,
-                }
-            }
-            tail.truncate(filled);
-            Ok(tail)
-        };
-        read().map_err(|source| VmmError::File {
-            what: "cannot read the console",
-            path: path.clone(),
-            source,
-        })
+        record::console_tail(&self.dir, bytes)
     }
 
     /// See [`crate::Machine::memory_use`].

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod gone;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -15,25 +16,8 @@ use std::time::{Duration, Instant};
 use common::{
     SHAPE, Template, assets, cmdline, console_line, folder, harness, identity, spec, tick, vmm,
 };
-use wrenn_vmm::{
-    BootSpec, ExitCause, Machine, MachinePids, MemoryFile, RunState, SealedMemory, Vmm, VmmError,
-};
-
-/// Whether any process of this machine is left.
-fn alive(pids: MachinePids) -> bool {
-    [pids.keeper, pids.vmm].iter().any(|process| {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid));
-        stat.is_ok_and(|stat| !stat.contains(") Z "))
-    })
-}
-
-async fn gone(pids: MachinePids) {
-    let began = Instant::now();
-    while alive(pids) {
-        assert!(began.elapsed() < Duration::from_secs(5), "{pids:?} live on");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
+use gone::{alive, gone};
+use wrenn_vmm::{BootSpec, ExitCause, Machine, MemoryFile, RunState, SealedMemory, Vmm, VmmError};
 
 fn status_field(pid: u32, name: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

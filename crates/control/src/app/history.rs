@@ -8,7 +8,7 @@ use wrenn_types::{SandboxId, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
 use super::sandboxes::options;
-use super::{App, Failure};
+use super::{App, Code, Failure};
 
 /// How long the host is asked to wait for news.
 const NEWS_WAIT: Duration = Duration::from_secs(20);
@@ -55,10 +55,14 @@ impl App {
         let mut news = News::default();
         let mut events = Vec::with_capacity(told.events.len());
         for event in told.events {
-            let Ok(sandbox) = event.sandbox_id.parse() else {
-                tracing::warn!(sandbox = %event.sandbox_id, "an event of the host names no sandbox");
-                continue;
-            };
+            // Nothing is skipped: what is not stored would be told again without end.
+            let sandbox = event.sandbox_id.parse().map_err(|_| {
+                let id: String = event.sandbox_id.chars().take(80).collect();
+                Failure::new(
+                    Code::AgentError,
+                    format!("the host tells of a sandbox `{id}`, which cannot be"),
+                )
+            })?;
             news.moved |= matches!(event.kind.as_str(), "paused" | "resumed" | "ended");
             events.push(new_event(sandbox, event));
         }
@@ -83,7 +87,7 @@ impl App {
 
     /// Why a sandbox is as it is.
     pub(crate) async fn why(&self, team: TeamId, id: SandboxId) -> Result<Why, Failure> {
-        const LAST: usize = 20;
+        const LAST: u32 = 20;
         let row = self.row(team, id).await?;
         let end = self.store.end_event(id).await?;
         let host_snapshot = end
@@ -95,9 +99,7 @@ impl App {
             Some(snapshot) => self.store.snapshot_name(team, snapshot).await?,
             None => None,
         };
-        let mut events = self.store.events(id, 0, u32::MAX).await?;
-        let surplus = events.len().saturating_sub(LAST);
-        events.drain(..surplus);
+        let events = self.store.newest_events(id, LAST).await?;
         Ok(Why {
             row,
             end,

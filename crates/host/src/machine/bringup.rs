@@ -18,9 +18,9 @@ use wrenn_vmm::{
     state_file,
 };
 
-use super::name_of;
 use super::{
-    LiveMachine, MachineError, Phases, RECORD, RECORD_VERSION, Record, Site, files, write_json,
+    LiveMachine, MachineError, Phases, RECORD, RECORD_VERSION, Record, Site, files, name_of,
+    write_json,
 };
 use crate::cgroups::Limits;
 use crate::guest::Guest;

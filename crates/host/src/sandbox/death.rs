@@ -5,11 +5,11 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 use wrenn_types::SandboxState;
-use wrenn_vmm::{ExitCause, ExitReason};
+use wrenn_vmm::{ExitCause, ExitReason, post_mortem};
 
 use super::journal::Journal;
 use crate::events::{Actor, DeathCertificate};
-use crate::machine::{LiveMachine, read_json, vm_folder};
+use crate::machine::{LiveMachine, vm_folder};
 
 /// What of the console is kept.
 const CONSOLE: usize = 4096;
@@ -115,12 +115,9 @@ pub fn console_of(machine: &LiveMachine) -> Vec<u8> {
 
 /// What is known of a machine that died while no agent was there, from its folder.
 pub fn found_dead(folder: &Path, journal: &Journal) -> (End, DeathCertificate) {
-    let vm = vm_folder(folder);
-    let exit: Option<ExitReason> = read_json(&vm, "exit.json").ok().flatten();
-    let console = std::fs::read(vm.join("console.log")).unwrap_or_default();
-    let console = &console[console.len().saturating_sub(CONSOLE)..];
-    let end = End::by_itself(exit.as_ref(), console);
-    let certificate = certificate(&end, journal, console);
+    let (exit, console) = post_mortem(&vm_folder(folder), CONSOLE);
+    let end = End::by_itself(exit.as_ref(), &console);
+    let certificate = certificate(&end, journal, &console);
     (end, certificate)
 }
 

@@ -230,7 +230,7 @@ impl Manager {
             journal.lifetime,
             journal.started_at,
         );
-        owner.bury(&end, certificate);
+        owner.over(&end, certificate);
         self.registry().remember(handle);
     }
 

@@ -461,7 +461,7 @@ impl Owner {
     }
 
     /// The sandbox is over, for this reason; nothing of it is left.
-    fn over(&self, end: &End, mut certificate: DeathCertificate) {
+    pub(super) fn over(&self, end: &End, mut certificate: DeathCertificate) {
         let End { state, reason, .. } = end;
         tracing::info!(sandbox = %self.id, %state, cause = end.cause, reason = reason.as_deref(), "ended");
         if let Some(last) = self.metrics.latest() {
@@ -474,11 +474,6 @@ impl Owner {
         let (reason, death) = (reason.clone(), Some(certificate));
         let events = &self.common.events;
         events.add(self.id, Kind::Ended, end.actor, reason, death);
-    }
-
-    /// The same for one that an earlier agent had and that is found dead.
-    pub fn bury(self, end: &End, certificate: DeathCertificate) {
-        self.over(end, certificate);
     }
 
     async fn end_paused(&self, paused: &Paused, answer: Answer<()>) -> Next {

@@ -7,27 +7,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use wrenn_vmm::{
-    BootSpec, ExitCause, MachinePids, MemoryFile, PageBuffer, RunState, Vmm, VmmError,
-};
+use wrenn_vmm::{BootSpec, ExitCause, MemoryFile, PageBuffer, RunState, Vmm, VmmError};
 
 use crate::bed::{Bed, SHAPE, View, harness, rounds_of, settled_round};
-
-/// Whether any process of this machine is left.
-fn alive(pids: MachinePids) -> bool {
-    [pids.keeper, pids.vmm].iter().any(|process| {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid));
-        stat.is_ok_and(|stat| !stat.contains(") Z "))
-    })
-}
-
-async fn gone(pids: MachinePids) {
-    let began = Instant::now();
-    while alive(pids) {
-        assert!(began.elapsed() < Duration::from_secs(5), "{pids:?} live on");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
+use crate::gone::{alive, gone};
 
 /// Mounts of this process that are below `dir`.
 fn mounts_below(dir: &Path) -> Vec<String> {

@@ -9,6 +9,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod bed;
+#[path = "../gone/mod.rs"]
+mod gone;
 mod guest;
 mod life;
 mod network;

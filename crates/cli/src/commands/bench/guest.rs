@@ -19,7 +19,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::Method;
 use hyper::body::Frame;
 use rustix::process::{Resource, Rlimit};
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::TempDir;
 use wrenn_wire::filesystem::ListDirRequest;
 use wrenn_wire::process::__buffa::oneof::{process_input, process_selector};
@@ -134,15 +134,7 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
         "size_mib": args.size,
         "load_average_before": before,
     });
-    if args.output.json {
-        context.printer.json(&json!({
-            "conditions": conditions,
-            "phases": phases.iter().map(Phase::to_json).collect::<Vec<Value>>(),
-        }))?;
-    } else {
-        context.printer.table(report::table(&phases));
-        report::show_conditions(&conditions, &context.printer);
-    }
+    report::show(&conditions, &phases, args.output.json, &context.printer)?;
     Ok(Exit::Ok)
 }
 

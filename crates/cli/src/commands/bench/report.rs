@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::statistics::Sample;
+use crate::error::Failure;
 use crate::output::{Printer, Table, Tone, bytes, milliseconds};
 
 /// How a phase's numbers are to be read.
@@ -149,6 +150,24 @@ pub(super) fn table(phases: &[Phase]) -> Table {
         ]);
     }
     table
+}
+
+/// Shows what was measured and under which conditions, as a table or as JSON.
+pub(super) fn show(
+    conditions: &Value,
+    phases: &[Phase],
+    as_json: bool,
+    printer: &Printer,
+) -> Result<(), Failure> {
+    if as_json {
+        return printer.json(&json!({
+            "conditions": conditions,
+            "phases": phases.iter().map(Phase::to_json).collect::<Vec<Value>>(),
+        }));
+    }
+    printer.table(table(phases));
+    show_conditions(conditions, printer);
+    Ok(())
 }
 
 /// What else one must know to compare the numbers.

@@ -73,15 +73,7 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
         "cpus": host.cpus,
         "load_average": load_average(),
     });
-    if args.output.json {
-        context.printer.json(&json!({
-            "conditions": conditions,
-            "phases": phases.iter().map(Phase::to_json).collect::<Vec<_>>(),
-        }))?;
-    } else {
-        context.printer.table(report::table(&phases));
-        report::show_conditions(&conditions, &context.printer);
-    }
+    report::show(&conditions, &phases, args.output.json, &context.printer)?;
     Ok(Exit::Ok)
 }
 

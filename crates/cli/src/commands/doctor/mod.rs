@@ -6,6 +6,7 @@ mod capacity;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use wrenn_host::cgroups::Cgroups;
 use wrenn_vmm::probe::{self, Feature, HostReport, Measured, Tool};
 
 use self::advice::{Advice, MissingPackage};
@@ -16,6 +17,9 @@ use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::{Printer, Table, Tone, bytes};
 use crate::settings::{AcceleratorChoice, VmmChoice};
+
+/// Where an agent's groups would be; only looked for here.
+const CONTROL_GROUPS: &str = "wrenn";
 
 /// Options of `wrenn doctor`.
 ///
@@ -32,6 +36,8 @@ struct Diagnosis {
     /// What will run guests and why; or why nothing will.
     choice: Result<Choice, String>,
     capacity: Capacity,
+    /// Which control groups limit machines, or why none do.
+    control_groups: Result<String, String>,
     missing: Vec<MissingPackage>,
     advice: Vec<Advice>,
 }
@@ -61,6 +67,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
         report,
         choice,
         capacity,
+        control_groups: Cgroups::probe(CONTROL_GROUPS).describe(),
         missing,
         advice,
     };
@@ -150,6 +157,10 @@ impl Diagnosis {
             "problem": self.choice.as_ref().err(),
             "fits": self.capacity.to_json(),
             "dataDir": data_dir,
+            "controlGroups": {
+                "usable": self.control_groups.is_ok(),
+                "detail": self.control_groups.as_ref().unwrap_or_else(|why| why),
+            },
             "missingPackages": self.missing.iter().map(|package| package.name).collect::<Vec<_>>(),
             "advice": self.advice.iter().map(|advice| json!({"gain": advice.gain, "do": advice.action})).collect::<Vec<_>>(),
             "host": host,
@@ -314,6 +325,14 @@ impl Diagnosis {
             };
             row(feature.name, word, feature.detail.clone());
         }
+        let groups = &self.control_groups;
+        let detail = match groups {
+            Ok(what) => {
+                format!("each machine's processor time, memory and processes are limited; {what}")
+            }
+            Err(why) => format!("machines run without limits of their own: {why}"),
+        };
+        row("control groups", yes(groups.is_ok()), detail);
         table
     }
 }
