@@ -247,6 +247,11 @@ async fn g25_a_prepared_guest_starts_nothing_and_goes_on_when_told() {
         .unwrap();
     let mut answer = [0; 1024];
     assert!(idle.read(&mut answer).unwrap() > 0);
+    // Its request is on its way.
+    let mut fresh = TcpStream::connect(envd.address).unwrap();
+    fresh
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
     assert_eq!(http(&envd, "POST", "/snapshot/prepare", &[], "").0, 204);
     assert_eq!(
         http(&envd, "POST", "/snapshot/prepare", &[], "").0,
@@ -257,6 +262,15 @@ async fn g25_a_prepared_guest_starts_nothing_and_goes_on_when_told() {
         idle.read(&mut answer).unwrap(),
         0,
         "idle connections are closed"
+    );
+    fresh
+        .write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+        .unwrap();
+    let mut served = String::new();
+    fresh.read_to_string(&mut served).unwrap();
+    assert!(
+        served.starts_with("HTTP/1.1 200") && served.contains("cpu_count"),
+        "one that was just opened is served, and closed then: {served}"
     );
     let client = envd.client();
     let waiting = tokio::spawn(async move {

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::net::{TcpSocket, TcpStream};
@@ -19,6 +20,10 @@ use crate::plumbing::{self, Plumbing};
 use crate::policy::TAP;
 use crate::relay::RelayFiles;
 use crate::sys;
+
+/// How long a tap that nobody is known to use may be busy.
+const TAP_FREE_WITHIN: Duration = Duration::from_millis(300);
+const TAP_RETRY: Duration = Duration::from_millis(5);
 
 /// A network slot that somebody holds.
 ///
@@ -65,15 +70,26 @@ impl Slot {
 
     /// Opens the tap as `-netdev tap,fd=` takes it (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR; close on
     /// exec). It works after QEMU dropped its privileges. There is one queue: a second call
-    /// fails with EBUSY while the first descriptor is open anywhere.
+    /// fails with EBUSY while the first descriptor is open anywhere. A program that this process
+    /// starts has a copy of whatever descriptor was open just then, until it runs: so EBUSY is
+    /// believed only when it stays.
     ///
     /// # Errors
     /// [`NetError::Step`] and, on a kernel without tap devices, [`NetError::MissingFeature`].
     pub async fn open_tap(&self) -> Result<OwnedFd, NetError> {
-        self.visitor
-            .visit(&self.plumbing.namespace, || sys::open_tap(TAP))
-            .await
-            .map_err(|e| NetError::step(OPEN_TAP, self.plumbing.name.clone(), e))
+        let began = Instant::now();
+        loop {
+            let open = || sys::open_tap(TAP);
+            let error = match self.visitor.visit(&self.plumbing.namespace, open).await {
+                Ok(tap) => return Ok(tap),
+                Err(error) => error,
+            };
+            if error.kind() != io::ErrorKind::ResourceBusy || began.elapsed() > TAP_FREE_WITHIN {
+                let name = self.plumbing.name.clone();
+                return Err(NetError::step(OPEN_TAP, name, error));
+            }
+            tokio::time::sleep(TAP_RETRY).await;
+        }
     }
 
     /// Opens what [`crate::relay::serve`] needs: the resolver's sockets, at 169.254.0.22:53 in

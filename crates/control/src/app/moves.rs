@@ -231,6 +231,8 @@ impl App {
                 let claim = self.claim(row, "running").await?;
                 let to = SandboxState::Snapshotting;
                 let moving = self.step(row, to, no_reason()).await?;
+                // The guest closes them while it is quieted; none may be taken up just then (G26).
+                self.proxy.drop_idle(row.id);
                 Ok(Held {
                     before: row.clone(),
                     moving: Some(moving),

@@ -164,8 +164,16 @@ fn monitor_of(folder: &Path) -> Pid {
     vm_pid(&journal).unwrap_or_else(|| panic!("no pid of QEMU in {journal}"))
 }
 
-/// Waits until the sandbox has a death certificate with this cause.
-async fn explained(api: &Api, id: &str, cause: &str) -> Value {
+/// What is written to a guest's console.
+const SAID: &str = "these are my last words";
+
+async fn speak(api: &Api, id: &str) {
+    api.shell(id, &format!("echo {SAID} | sudo tee /dev/console"))
+        .await;
+}
+
+/// Waits until the sandbox has a death certificate with this cause and this end of its console.
+async fn explained(api: &Api, id: &str, cause: &str, last_words: &str) -> Value {
     let why = eventually("its end is explained", Duration::from_secs(10), || async {
         let why = api.get(&format!("/v1/sandboxes/{id}/why")).await.json();
         why["death"].is_object().then_some(why)
@@ -175,7 +183,10 @@ async fn explained(api: &Api, id: &str, cause: &str) -> Value {
     let death = &why["death"];
     assert_eq!(death["cause"], cause, "{why}");
     let console = death["console"].as_str().unwrap_or_default();
-    assert!(console.contains("envd"), "the end of its console: {why}");
+    assert!(
+        console.contains(last_words),
+        "the end of its console: {why}"
+    );
     why
 }
 
@@ -188,6 +199,8 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed_and_explained(data_dir: &
         api.create(&json!({})).await,
     ];
     let folder = server.machine_folder(&killed).expect("a machine's folder");
+    speak(&api, &killed).await;
+    speak(&api, &unwatched).await;
     api.shell(&killed, "true # the last one").await;
     kill_process(monitor_of(&folder), Signal::KILL).expect("QEMU is there");
     let seen = eventually(
@@ -200,7 +213,7 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed_and_explained(data_dir: &
     )
     .await;
     assert!(seen.contains("signal 9"), "why? {seen}");
-    let why = explained(&api, &killed, "killed").await;
+    let why = explained(&api, &killed, "killed", SAID).await;
     let death = &why["death"];
     assert_eq!(death["actor"], "host");
     let last = death["last_command"].as_str().unwrap_or_default();
@@ -235,7 +248,7 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed_and_explained(data_dir: &
     server.wait().await;
     kill_process(monitor_of(&folder), Signal::KILL).expect("QEMU is there");
     server = Server::start(data_dir).await;
-    explained(&server.api(), &unwatched, "killed").await;
+    explained(&server.api(), &unwatched, "killed", SAID).await;
     let cli = Cli::new(data_dir)
         .run(&["sandbox", "why", &unwatched])
         .await;

@@ -1,7 +1,8 @@
 //! Connections across a freeze.
 //!
 //! ```text
-//!   accepted (epoch e) ──prepare──▶ closes as soon as it is idle; epoch e+1 begins
+//!   accepted (epoch e) ──prepare──▶ closes as soon as it is idle after a request; epoch e+1
+//!                                   begins
 //!                      ──restore──▶ closed at once, if it is of an older epoch
 //! ```
 //!

@@ -12,7 +12,7 @@ use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tower::ServiceExt;
 
 use super::connections::{Connections, Guard, Order};
@@ -24,6 +24,9 @@ const MAX_CONNECTIONS: usize = 16_384;
 const IDLE: Duration = Duration::from_secs(640);
 /// Pause after an accept error that time may cure (out of descriptors or memory).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long before a freeze a connection that has carried no request yet is left open for
+/// its first: whoever opened it is about to send one.
+const FIRST_REQUEST: Duration = Duration::from_secs(5);
 /// Streams on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 1024;
 
@@ -73,8 +76,10 @@ async fn connection(stream: TcpStream, router: axum::Router, mut guard: Guard, k
         reset: Arc::clone(&reset),
     });
     let id = guard.id;
+    let (begin, mut begun) = watch::channel(false);
     let service = router.map_request(move |mut request: http::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(id);
+        begin.send_replace(true);
         request.map(axum::body::Body::new)
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
@@ -88,6 +93,7 @@ async fn connection(stream: TcpStream, router: axum::Router, mut guard: Guard, k
         .max_concurrent_streams(MAX_STREAMS);
     let serving = builder.serve_connection_with_upgrades(io, TowerToHyperService::new(service));
     tokio::pin!(serving);
+    let mut finishing = false;
     loop {
         tokio::select! {
             ended = serving.as_mut() => {
@@ -98,7 +104,10 @@ async fn connection(stream: TcpStream, router: axum::Router, mut guard: Guard, k
             }
             changed = guard.orders.changed() => match (changed, *guard.orders.borrow()) {
                 (Err(_), _) | (_, Order::Serve) => {}
-                (_, Order::Finish) => serving.as_mut().graceful_shutdown(),
+                // One that has carried a request is idle or busy, and it is known which. One that
+                // has not would be closed under the hands of whoever is sending the first.
+                (_, Order::Finish) if *begun.borrow() => serving.as_mut().graceful_shutdown(),
+                (_, Order::Finish) => finishing = true,
                 (_, Order::Close) => {
                     // The other end is gone, or is not the one it was: nothing that is
                     // still in our buffers may reach anybody.
@@ -106,8 +115,18 @@ async fn connection(stream: TcpStream, router: axum::Router, mut guard: Guard, k
                     return;
                 }
             },
+            () = first_request(&mut begun), if finishing => {
+                finishing = false;
+                serving.as_mut().graceful_shutdown();
+            }
         }
     }
+}
+
+/// Waits for a connection's first request, but not for ever.
+async fn first_request(begun: &mut watch::Receiver<bool>) {
+    // Either way it is time to finish.
+    drop(tokio::time::timeout(FIRST_REQUEST, begun.wait_for(|begun| *begun)).await);
 }
 
 /// A socket that can be told to close without lingering.
