@@ -236,7 +236,7 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed_and_explained(data_dir: &
     let body = json!({"cmd": "/usr/bin/sudo", "args": ["poweroff", "-f"], "background": true});
     api.post(&format!("/v1/sandboxes/{off}/exec"), &body).await;
     assert_eq!(
-        explained(&api, &off, "powered_off").await["death"]["actor"],
+        explained(&api, &off, "powered_off", "Power down").await["death"]["actor"],
         "guest"
     );
 
