@@ -258,7 +258,11 @@ async fn what_is_not_offered_is_refused_by_name() {
         ),
         (
             json!({"templateID": "base", "autoPauseMemory": false}),
-            "autoPauseMemory",
+            "requires autoPause",
+        ),
+        (
+            json!({"templateID": "base", "autoPause": true, "autoPauseMemory": false, "autoResume": {"enabled": true}}),
+            "exclude",
         ),
         (
             json!({"templateID": "base", "network": {"allowPublicTraffic": false}}),

@@ -28,6 +28,16 @@ pub trait Vmm: Send + Sync {
     /// `spec.memory`, so that it can become a template.
     async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Machine>, VmmError>;
 
+    /// Boots a machine cold over memory that others share, which it only reads: what it
+    /// writes, its own pages hold. A kernel takes memory as it finds it, as after the reset
+    /// button, and [`Machine::save_delta`] then tells what differs from the shared memory, as
+    /// it does of a restored machine. Stopped before its first instruction when this returns.
+    async fn boot_private(
+        &self,
+        machine: MachineSpec,
+        memory: Arc<SealedMemory>,
+    ) -> Result<Arc<dyn Machine>, VmmError>;
+
     /// Loads a saved machine; it is stopped when this returns, and [`Machine::resume`]
     /// starts it.
     async fn restore(&self, spec: RestoreSpec) -> Result<Arc<dyn Machine>, VmmError>;

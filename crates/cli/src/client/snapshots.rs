@@ -16,14 +16,16 @@ impl Client {
             .await
     }
 
-    /// Saves a sandbox and gives its machine back.
-    pub(crate) async fn pause(&self, id: &str) -> Result<Value, ClientError> {
-        self.change(id, "pause", &json!({})).await
+    /// Saves a sandbox, with its memory or without, and gives its machine back.
+    pub(crate) async fn pause(&self, id: &str, memory: bool) -> Result<Value, ClientError> {
+        let body = json!({ "memory": memory });
+        self.change(id, "pause", &body).await
     }
 
-    /// Restores a paused sandbox.
-    pub(crate) async fn resume(&self, id: &str) -> Result<Value, ClientError> {
-        self.change(id, "resume", &json!({})).await
+    /// Restores a paused sandbox, or boots it from its disk.
+    pub(crate) async fn resume(&self, id: &str, memory: bool) -> Result<Value, ClientError> {
+        let body = json!({ "memory": memory });
+        self.change(id, "resume", &body).await
     }
 
     /// Starts so many sandboxes as this one is now; and where the server's time went.
@@ -81,8 +83,9 @@ impl Client {
         id: &str,
         name: Option<&str>,
         overwrite: bool,
+        memory: bool,
     ) -> Result<Value, ClientError> {
-        let mut body = json!({ "sandbox_id": id });
+        let mut body = json!({ "sandbox_id": id, "memory": memory });
         if let Some(name) = name {
             body["name"] = name.into();
         }

@@ -1,4 +1,4 @@
-//! `wrenn snapshot …`: templates made of sandboxes, their memory included.
+//! `wrenn snapshot …`: templates made of sandboxes.
 
 use serde_json::json;
 
@@ -32,6 +32,9 @@ pub(crate) struct CreateArgs {
     /// Take the name from the template that has it
     #[arg(long, requires = "name")]
     overwrite: bool,
+    /// Without its memory: what is made of it boots
+    #[arg(long)]
+    disk_only: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -75,7 +78,8 @@ impl Command {
 async fn create(args: &CreateArgs, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let id = client.find(&args.id).await?;
-    let make = client.create_snapshot(&id, args.name.as_deref(), args.overwrite);
+    let name = args.name.as_deref();
+    let make = client.create_snapshot(&id, name, args.overwrite, !args.disk_only);
     let made = with_spinner(&context.printer, "taking a snapshot", make).await?;
     if args.output.json {
         context.printer.json(&made)?;

@@ -50,6 +50,8 @@ pub(crate) struct CreateSpec {
     pub(crate) network: NetworkRules,
     /// When its time is over it is paused, not ended.
     pub(crate) pause_at_end: bool,
+    /// Only its disk is kept then.
+    pub(crate) pause_disk_only: bool,
     /// While it is paused, traffic resumes it.
     pub(crate) auto_resume: bool,
     pub(crate) idempotency: Option<Key>,
@@ -188,6 +190,7 @@ impl App {
             secure: spec.secure,
             snapshot_id: snapshot.unwrap_or_default(),
             pause_at_end: spec.pause_at_end,
+            pause_disk_only: spec.pause_disk_only,
             auto_resume: spec.auto_resume,
             ..Default::default()
         };

@@ -100,11 +100,12 @@ impl App {
         }
     }
 
-    /// Saves a sandbox and gives its machine back.
+    /// Saves a sandbox, or its disk alone, and gives its machine back.
     pub(crate) async fn pause(
         self: &Arc<Self>,
         team: TeamId,
         id: SandboxId,
+        disk_only: bool,
     ) -> Result<Moved, Failure> {
         let row = self.get(team, id).await?.row;
         if row.state != SandboxState::Running {
@@ -117,6 +118,7 @@ impl App {
             app.proxy.forget(id);
             let request = wire::PauseSandboxRequest {
                 sandbox_id: id.to_string(),
+                disk_only,
                 ..Default::default()
             };
             let asked = app
@@ -142,13 +144,14 @@ impl App {
         .await
     }
 
-    /// Restores a paused sandbox; with `secs`, it then ends so many seconds from now. One
-    /// that runs stays as it is.
+    /// Restores a paused sandbox, or boots it from its disk; with `secs`, it then ends so many
+    /// seconds from now. One that runs stays as it is.
     pub(crate) async fn resume(
         self: &Arc<Self>,
         team: TeamId,
         id: SandboxId,
         secs: Option<u32>,
+        boot: bool,
     ) -> Result<Moved, Failure> {
         let sandbox = self.get(team, id).await?;
         match sandbox.row.state {
@@ -175,6 +178,7 @@ impl App {
             lifetime: end_at
                 .map(|end_at| lifetime(idle, Some(end_at)))
                 .map_or_else(Default::default, Into::into),
+            boot,
             ..Default::default()
         };
         let app = Arc::clone(self);

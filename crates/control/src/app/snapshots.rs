@@ -36,6 +36,8 @@ pub(crate) struct Take {
     pub(crate) name: Option<String>,
     /// Take the name from the one that has it.
     pub(crate) overwrite: bool,
+    /// Leave the memory out.
+    pub(crate) disk_only: bool,
     pub(crate) idempotency: Option<Key>,
 }
 
@@ -118,6 +120,7 @@ impl App {
             kind,
             name,
             overwrite,
+            disk_only,
             idempotency,
         } = take;
         if let Some(key) = &idempotency
@@ -160,6 +163,7 @@ impl App {
             let request = wire::CreateSnapshotRequest {
                 sandbox_id: id.to_string(),
                 name: name.clone(),
+                disk_only,
                 ..Default::default()
             };
             let held = app.hold_still(&row).await?;

@@ -64,6 +64,8 @@ pub struct Sim {
     /// Milliseconds that requests of these names wait at most before they are done,
     /// each another time, so that they overtake each other.
     slow: Mutex<BTreeMap<&'static str, u64>>,
+    /// The requests that wanted the disk alone, in order.
+    pub disk_only: Mutex<Vec<&'static str>>,
     /// How many requests hang.
     pub hung: AtomicU32,
     /// How many requests of a name there were.
@@ -514,8 +516,12 @@ impl HostService for Service {
         request: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<PauseSandboxResponse> {
         self.0.begin("pause").await?;
-        let id = request.to_owned_message().sandbox_id;
+        let request = request.to_owned_message();
+        let id = request.sandbox_id;
         let sandbox = self.0.become_(&id, "running", "paused").await?;
+        if request.disk_only {
+            self.0.disk_only.lock().unwrap().push("pause");
+        }
         self.0.end_of("pause").await;
         Response::ok(PauseSandboxResponse {
             sandbox: sandbox.into(),
@@ -536,6 +542,9 @@ impl HostService for Service {
             .0
             .become_(&request.sandbox_id, "paused", "running")
             .await?;
+        if request.boot {
+            self.0.disk_only.lock().unwrap().push("resume");
+        }
         sandbox.generation += 1;
         if let Some(lifetime) = request.lifetime.into_option() {
             sandbox.lifetime = lifetime.into();
@@ -552,6 +561,7 @@ impl HostService for Service {
                 generation: sandbox.generation,
                 entropy_reseeded: true,
                 phases: took("verify"),
+                booted: request.boot,
                 ..Default::default()
             }
             .into(),
@@ -578,8 +588,12 @@ impl HostService for Service {
             disk_mib: sandbox.disk_mib,
             envd_version: sandbox.envd_version,
             created_at_unix_ms: now_ms(),
+            disk_only: request.disk_only,
             ..Default::default()
         };
+        if request.disk_only {
+            self.0.disk_only.lock().unwrap().push("snapshot");
+        }
         self.0
             .snapshots
             .lock()

@@ -242,6 +242,61 @@ pub(crate) async fn a_snapshot_is_a_template_and_outlives_its_sandbox(server: &S
     }
 }
 
+/// A disk without its memory: what was written is there, what ran is not, and the machine that
+/// was booted is as good as any.
+pub(crate) async fn a_disk_alone_is_kept_and_booted(server: &Server) {
+    let api = server.api();
+    let without = json!({"memory": false});
+    let id = api.create(&json!({"env": {"COLOUR": "green"}})).await;
+    let boot_id = "cat /proc/sys/kernel/random/boot_id";
+    let first = api.shell(&id, boot_id).await;
+    let busy = "echo kept > /home/user/kept; (while true; do sleep 0.1; done) >/dev/null 2>&1 & echo $! > /home/user/pid";
+    api.shell(&id, busy).await;
+    verb(&api, &id, "pause", &without).await;
+    assert!(server.machine_folder(&id).is_none());
+    let resumed = verb(&api, &id, "resume", &json!({})).await;
+    let certificate = &resumed["restore_certificate"];
+    for done in ["booted", "entropy_reseeded", "ids_rotated"] {
+        assert_eq!(certificate[done], true, "{done}: {resumed}");
+    }
+    let second = api.shell(&id, boot_id).await;
+    assert_ne!(second, first, "the same boot goes on");
+    let line = "cat /home/user/kept; kill -0 $(cat /home/user/pid) 2>/dev/null && echo alive; hostname; echo $COLOUR";
+    assert_eq!(api.shell(&id, line).await, format!("kept\n{id}\ngreen\n"));
+
+    // What was booted is saved with its memory like any other.
+    start_workload(&api, &id).await;
+    verb(&api, &id, "pause", &json!({})).await;
+    let resumed = verb(&api, &id, "resume", &json!({})).await;
+    assert_eq!(resumed["restore_certificate"]["booted"], false);
+    assert_eq!(api.shell(&id, boot_id).await, second);
+    let done = rounds(&api, &id, 6).await;
+
+    // A memory that is there is left out on request, and none of it gets into what is saved
+    // of the machine that was booted in its place.
+    verb(&api, &id, "pause", &json!({})).await;
+    let resumed = verb(&api, &id, "resume", &without).await;
+    assert_eq!(resumed["restore_certificate"]["booted"], true);
+    assert!(rounds(&api, &id, done).await >= done);
+    api.shell(&id, "rm /home/user/rounds").await;
+    start_workload(&api, &id).await;
+    verb(&api, &id, "pause", &json!({})).await;
+    verb(&api, &id, "resume", &json!({})).await;
+    let done = rounds(&api, &id, 3).await;
+    rounds(&api, &id, done + 3).await;
+
+    // A template of a disk; what it was made of runs on.
+    let request = json!({"sandbox_id": id, "name": "disk-alone", "memory": false});
+    api.post("/v1/snapshots", &request).await.expect(201);
+    let child = api.create(&json!({"template": "disk-alone"})).await;
+    assert_eq!(api.shell(&child, "cat /home/user/kept").await, "kept\n");
+    rounds(&api, &id, done + 6).await;
+    api.delete("/v1/snapshots/disk-alone").await.expect(204);
+    for one in [&id, &child] {
+        api.destroy(one).await;
+    }
+}
+
 pub(crate) async fn g09_time_pauses_where_asked_and_traffic_wakes(server: &Server) {
     let api = server.api();
     let body = json!({"timeout_sec": 3, "on_timeout": "pause", "auto_resume": true});

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use sha2::{Digest, Sha512};
@@ -14,8 +14,8 @@ use wrenn_snapshot::{Snapshot, SnapshotError};
 use wrenn_types::{AccessToken, Shape};
 use wrenn_vmm::{
     Accelerator, BootFiles, BootSpec, Delta, DiskChain, FIRMWARE_BYTES, Fingerprint,
-    IDENTITY_BYTES, Machine, MachineSpec, MemoryFile, RestoreSpec, VmmError, create_overlay,
-    state_file,
+    IDENTITY_BYTES, Machine, MachineSpec, MemoryFile, RestoreSpec, SealedMemory, VmmError,
+    create_overlay, state_file,
 };
 
 use super::{
@@ -174,7 +174,14 @@ pub struct Origin {
     pub snapshot: Option<Arc<Snapshot>>,
     /// How often its line of memory was restored, this time included.
     pub generation: u64,
+    /// Of the snapshot only the disk is wanted: it is booted.
+    pub disk_only: bool,
 }
+
+/// How long the guest agent may take for its restore hook, on the reference machine.
+const HOOK_PATIENCE: Duration = Duration::from_secs(20);
+/// The same from the first instruction of a boot on, which takes 4 to 6 s there.
+pub const BOOT_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Origin {
     /// A template as it was frozen.
@@ -183,19 +190,56 @@ impl Origin {
             template,
             snapshot: None,
             generation: 1,
+            disk_only: false,
+        }
+    }
+
+    /// Whether a machine from here boots, because there is no memory to go on with.
+    pub fn boots(&self) -> bool {
+        let without = |snapshot: &Arc<Snapshot>| self.disk_only || snapshot.memory().is_none();
+        self.snapshot.as_ref().is_some_and(without)
+    }
+
+    /// How long the guest agent of such a machine may take, on the reference machine.
+    pub fn patience(&self) -> Duration {
+        match self.boots() {
+            true => BOOT_PATIENCE,
+            false => HOOK_PATIENCE,
         }
     }
 }
 
-/// What of a snapshot goes into a machine, read and verified but for the pages, which are
-/// when they are brought in.
-struct Contents {
-    layers: Vec<PathBuf>,
-    state: File,
-    delta: Delta,
+/// What a machine's processors and memory begin with, read and verified but for the pages,
+/// which are when they are brought in.
+enum Beginning {
+    Boot,
+    Template(File),
+    Saved(File, Delta),
 }
 
-async fn contents(site: &Site, snapshot: Arc<Snapshot>) -> Result<Contents, MachineError> {
+/// The disk layers over the template's, and what is in memory.
+async fn contents(site: &Site, origin: &Origin) -> Result<(Vec<PathBuf>, Beginning), MachineError> {
+    let Some(snapshot) = origin.snapshot.clone() else {
+        let path = origin.template.state();
+        let state = File::open(&path).map_err(|source| MachineError::File {
+            action: "open",
+            path,
+            source,
+        })?;
+        return Ok((Vec::new(), Beginning::Template(state)));
+    };
+    if !origin.boots() {
+        return saved_contents(site, snapshot).await;
+    }
+    let layers = blocking(move || snapshot.disk_layers()).await?;
+    let paths = layers.into_iter().map(|layer| layer.path);
+    Ok((paths.collect(), Beginning::Boot))
+}
+
+async fn saved_contents(
+    site: &Site,
+    snapshot: Arc<Snapshot>,
+) -> Result<(Vec<PathBuf>, Beginning), MachineError> {
     let here = site.vmm.info().fingerprint.clone();
     let read = blocking(move || {
         let layers = snapshot.disk_layers()?;
@@ -212,7 +256,10 @@ async fn contents(site: &Site, snapshot: Arc<Snapshot>) -> Result<Contents, Mach
         let pages = SnapshotPages(memory.delta());
         Ok((
             snapshot.manifest().description.vmm.fingerprint.clone(),
-            layers.into_iter().map(|layer| layer.path).collect(),
+            layers
+                .into_iter()
+                .map(|layer| layer.path)
+                .collect::<Vec<_>>(),
             snapshot.device_state().to_vec(),
             Delta {
                 firmware: Box::new(firmware),
@@ -230,15 +277,11 @@ async fn contents(site: &Site, snapshot: Arc<Snapshot>) -> Result<Contents, Mach
         path: site.config.snapshots_dir(),
         source,
     })?;
-    Ok(Contents {
-        layers,
-        state,
-        delta,
-    })
+    Ok((layers, Beginning::Saved(state, delta)))
 }
 
-/// Restores a machine in a slot of its own. It is loaded and stopped; the id of the restore
-/// that its guest agent waits for is returned with it.
+/// Restores a machine in a slot of its own, or prepares its boot. It is loaded and stopped;
+/// the id of the restore that its guest agent waits for is returned with it.
 pub async fn restore(
     site: &Site,
     origin: &Origin,
@@ -246,14 +289,10 @@ pub async fn restore(
 ) -> Result<(LiveMachine, String), MachineError> {
     let mut clock = Instant::now();
     let template = &origin.template;
-    let saved = match &origin.snapshot {
-        Some(snapshot) => {
-            let saved = contents(site, snapshot.clone()).await?;
-            phases.note("verify", &mut clock);
-            Some(saved)
-        }
-        None => None,
-    };
+    let (layers, beginning) = contents(site, origin).await?;
+    if origin.snapshot.is_some() {
+        phases.note("verify", &mut clock);
+    }
     let ground = Ground::take(site).await?;
     phases.note("slot", &mut clock);
     let manifest = &template.manifest;
@@ -263,18 +302,6 @@ pub async fn restore(
         let channel = restore_channel(&restore_id, &manifest.name, &host_token)?;
         let top = ground.folder.join(FIRST_LAYER);
         make_overlay(&top, manifest.disk_bytes)?;
-        let (layers, state, delta) = match saved {
-            Some(saved) => (saved.layers, saved.state, Some(saved.delta)),
-            None => {
-                let state = File::open(template.state());
-                let state = state.map_err(|source| MachineError::File {
-                    action: "open",
-                    path: template.state(),
-                    source,
-                })?;
-                (Vec::new(), state, None)
-            }
-        };
         let disk = DiskChain {
             base: template.image.rootfs(),
             layers: [template.disk()].into_iter().chain(layers).collect(),
@@ -295,19 +322,15 @@ pub async fn restore(
             path: ground.folder.join(RECORD),
             source,
         })?;
-        let boot = boot_files(&template.image, manifest.cmdline.clone());
+        let cmdline = match beginning {
+            // For the clock of the host that it is now, not of the one it was frozen on.
+            Beginning::Boot => kernel_command_line(site),
+            Beginning::Template(_) | Beginning::Saved(..) => manifest.cmdline.clone(),
+        };
+        let boot = boot_files(&template.image, cmdline);
         let machine = ground.spec(manifest.shape, boot, disk, channel).await?;
         phases.note("prepare", &mut clock);
-        let memory = template.memory.clone();
-        let spec = RestoreSpec {
-            machine,
-            memory,
-            state,
-        };
-        let vm = match delta {
-            Some(delta) => site.vmm.restore_delta(spec, delta).await?,
-            None => site.vmm.restore(spec).await?,
-        };
+        let vm = start(site, machine, template.memory.clone(), beginning).await?;
         phases.note("restore", &mut clock);
         Ok((vm, record, restore_id))
     };
@@ -340,6 +363,28 @@ pub async fn restore(
             ground.give_back(site).await;
             Err(error)
         }
+    }
+}
+
+async fn start(
+    site: &Site,
+    machine: MachineSpec,
+    memory: Arc<SealedMemory>,
+    beginning: Beginning,
+) -> Result<Arc<dyn Machine>, VmmError> {
+    let (state, delta) = match beginning {
+        Beginning::Boot => return site.vmm.boot_private(machine, memory).await,
+        Beginning::Template(state) => (state, None),
+        Beginning::Saved(state, delta) => (state, Some(delta)),
+    };
+    let spec = RestoreSpec {
+        machine,
+        memory,
+        state,
+    };
+    match delta {
+        Some(delta) => site.vmm.restore_delta(spec, delta).await,
+        None => site.vmm.restore(spec).await,
     }
 }
 

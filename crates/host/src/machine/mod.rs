@@ -6,8 +6,8 @@ mod files;
 mod sweep;
 
 pub use bringup::{
-    BootedMachine, FIRST_LAYER, Origin, boot_for_template, disk_bytes, kernel_command_line,
-    new_restore_id, restore,
+    BOOT_PATIENCE, BootedMachine, FIRST_LAYER, Origin, boot_for_template, disk_bytes,
+    kernel_command_line, new_restore_id, restore,
 };
 pub use files::{read_json, remove_folder, vm_folder, write_json};
 pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
@@ -60,7 +60,9 @@ pub enum MachineError {
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
     /// The snapshot it comes from was saved on a host unlike this one.
-    #[error("the snapshot cannot be restored here: {0}")]
+    #[error(
+        "the snapshot cannot be restored here: {0}; its disk can be booted: resume it without its memory"
+    )]
     OtherMonitor(String),
     /// A file of the machine could not be handled.
     #[error("cannot {action} {path}: {source}")]

@@ -107,6 +107,7 @@ impl HostRpc {
             },
             secure: request.secure,
             pause_at_end: request.pause_at_end,
+            pause_disk_only: request.pause_disk_only,
             auto_resume: request.auto_resume,
         };
         // Before anything is made for it.

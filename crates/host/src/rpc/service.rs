@@ -100,7 +100,7 @@ impl HostService for HostRpc {
         _: RequestContext,
         request: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<>> {
-        answer(self.pause(request.sandbox_id).await)
+        answer(self.pause(request.to_owned_message()).await)
     }
 
     async fn resume_sandbox(

@@ -10,8 +10,8 @@ use super::sandboxes::{phases, sandbox};
 use super::{HostRpc, sandbox_id, snapshot_failure};
 use crate::events::Actor;
 use crate::lifetime::Lifetime;
-use crate::sandbox::{Certificate, Order};
-use crate::snapshots::{KEPT, LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE};
+use crate::sandbox::{Certificate, Order, Resume};
+use crate::snapshots::{KEPT, LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE, Scope};
 
 /// A fork makes at most so many children at once.
 const MOST_CHILDREN: usize = 100;
@@ -35,6 +35,7 @@ fn certificate(certificate: &Certificate) -> rpc::RestoreCertificate {
         entropy_reseeded: restored.entropy_reseeded,
         clock_offset_micros: restored.clock_offset_micros,
         ids_rotated: restored.ids_rotated,
+        booted: certificate.booted,
         // A restore that meets a wrong digest fails, and has no certificate.
         digests_verified: certificate
             .phases
@@ -60,6 +61,7 @@ fn described(snapshot: &Snapshot) -> rpc::Snapshot {
         envd_version: description.origin.envd_version.clone(),
         created_at_unix_ms: i64::try_from(description.created_unix_ms).unwrap_or(i64::MAX),
         size_bytes: size_of(snapshot),
+        disk_only: snapshot.memory().is_none(),
         ..Default::default()
     }
 }
@@ -91,9 +93,12 @@ impl HostRpc {
         }
     }
 
-    pub(super) async fn pause(&self, id: &str) -> Result<rpc::PauseSandboxResponse, ConnectError> {
-        let handle = self.0.manager.get(sandbox_id(id)?)?;
-        let done = handle.pause().await?;
+    pub(super) async fn pause(
+        &self,
+        request: rpc::PauseSandboxRequest,
+    ) -> Result<rpc::PauseSandboxResponse, ConnectError> {
+        let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
+        let done = handle.pause(Scope::of(request.disk_only)).await?;
         Ok(rpc::PauseSandboxResponse {
             sandbox: sandbox(&handle).into(),
             paused_now: done.now,
@@ -107,8 +112,12 @@ impl HostRpc {
         request: rpc::ResumeSandboxRequest,
     ) -> Result<rpc::ResumeSandboxResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
-        let lifetime = request.lifetime.as_option().map(Lifetime::from);
-        let done = handle.resume(lifetime, Actor::Request).await?;
+        let resume = Resume {
+            lifetime: request.lifetime.as_option().map(Lifetime::from),
+            actor: Actor::Request,
+            boot: request.boot,
+        };
+        let done = handle.resume(resume).await?;
         Ok(rpc::ResumeSandboxResponse {
             sandbox: sandbox(&handle).into(),
             resumed_now: done.now,
@@ -124,6 +133,7 @@ impl HostRpc {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
         let order = Order {
             name: request.name,
+            scope: Scope::of(request.disk_only),
             owners: vec![KEPT.to_owned()],
         };
         let kept = handle.save(order).await?;

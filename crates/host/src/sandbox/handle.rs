@@ -18,6 +18,7 @@ use crate::guest::{Guest, Restored};
 use crate::lifetime::Lifetime;
 use crate::machine::{LiveMachine, Phases, Record};
 use crate::metrics::Series;
+use crate::snapshots::Scope;
 
 /// How long a request waits for a sandbox that is being saved or restored.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
@@ -54,6 +55,8 @@ pub struct About {
     pub token: Option<AccessToken>,
     /// When its time is over it is paused, not ended.
     pub pause_at_end: bool,
+    /// Only its disk is kept then.
+    pub pause_disk_only: bool,
     /// While it is paused, traffic to its ports resumes it.
     pub auto_resume: bool,
     /// The snapshot it is paused as.
@@ -75,6 +78,7 @@ impl About {
             generation: record.generation,
             token: journal.token(),
             pause_at_end: journal.pause_at_end,
+            pause_disk_only: journal.pause_disk_only,
             auto_resume: journal.auto_resume,
             snapshot: None,
             envs: journal.envs.clone(),
@@ -92,6 +96,8 @@ pub struct Certificate {
     pub restored: Restored,
     /// Where the host's time went.
     pub phases: Phases,
+    /// It was booted: there was no memory to restore.
+    pub booted: bool,
 }
 
 /// A request's answer.
@@ -101,8 +107,8 @@ pub(super) type Answer<T> = oneshot::Sender<Result<T, SandboxError>>;
 pub(super) enum Request {
     Destroy(Answer<()>),
     SetLifetime(Lifetime, Answer<()>),
-    Pause(Answer<PauseDone>),
-    Resume(Option<Lifetime>, Actor, Answer<Resumed>),
+    Pause(Scope, Answer<PauseDone>),
+    Resume(Resume, Answer<Resumed>),
     Save(Order, Answer<Kept>),
     Rollback(SnapshotId, Answer<Resumed>),
     Network(NetworkChange),
@@ -114,11 +120,35 @@ pub(super) enum NetworkChange {
     Denials(Answer<Vec<Denial>>),
 }
 
+/// How a paused sandbox is to run again.
+#[derive(Debug, Clone, Copy)]
+pub struct Resume {
+    /// How long it may live from now on, if not as long as it might.
+    pub lifetime: Option<Lifetime>,
+    /// On whose account.
+    pub actor: Actor,
+    /// It is booted from its disk, and what memory it has is dropped.
+    pub boot: bool,
+}
+
+impl Resume {
+    /// As it was, on somebody's account.
+    pub fn by(actor: Actor) -> Resume {
+        Resume {
+            lifetime: None,
+            actor,
+            boot: false,
+        }
+    }
+}
+
 /// A snapshot to be taken.
 #[derive(Debug, Clone)]
 pub struct Order {
     /// What it is called.
     pub name: String,
+    /// What of the sandbox; of a paused one, what there is.
+    pub scope: Scope,
     /// Who pins it, besides the sandbox.
     pub owners: Vec<String>,
 }
@@ -296,18 +326,13 @@ impl Handle {
     }
 
     /// Saves it and gives its machine back; if that fails, it runs on.
-    pub async fn pause(&self) -> Result<PauseDone, SandboxError> {
-        self.ask(Request::Pause).await
+    pub async fn pause(&self, scope: Scope) -> Result<PauseDone, SandboxError> {
+        self.ask(|answer| Request::Pause(scope, answer)).await
     }
 
-    /// Restores it when it is paused, on somebody's account.
-    pub async fn resume(
-        &self,
-        lifetime: Option<Lifetime>,
-        actor: Actor,
-    ) -> Result<Resumed, SandboxError> {
-        self.ask(|answer| Request::Resume(lifetime, actor, answer))
-            .await
+    /// Has it run again when it is paused.
+    pub async fn resume(&self, resume: Resume) -> Result<Resumed, SandboxError> {
+        self.ask(|answer| Request::Resume(resume, answer)).await
     }
 
     /// Takes a snapshot of it, running or paused, and leaves it as it is.

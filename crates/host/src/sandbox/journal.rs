@@ -33,6 +33,9 @@ pub struct Line {
     /// is written to, or will be after a switch that is under way; an empty one that is not
     /// part of the disk changes nothing in it.
     pub layers: Vec<String>,
+    /// It was booted from the parent's disk: what memory the parent has is not its own.
+    #[serde(default)]
+    pub booted: bool,
 }
 
 impl Default for Line {
@@ -47,6 +50,7 @@ impl From<Option<SnapshotId>> for Line {
         Line {
             parent,
             layers: vec![FIRST_LAYER.to_owned()],
+            booted: false,
         }
     }
 }
@@ -93,6 +97,9 @@ pub struct Journal {
     /// When its time is over it is paused, not ended.
     #[serde(default)]
     pub pause_at_end: bool,
+    /// Only its disk is kept then.
+    #[serde(default)]
+    pub pause_disk_only: bool,
     /// While it is paused, traffic to its ports resumes it.
     #[serde(default)]
     pub auto_resume: bool,
@@ -114,6 +121,7 @@ impl Journal {
             envs: create.envs.clone(),
             network: create.network.clone(),
             pause_at_end: create.pause_at_end,
+            pause_disk_only: create.pause_disk_only,
             auto_resume: create.auto_resume,
             line: Line::from(create.snapshot),
         }
@@ -146,6 +154,13 @@ impl Journal {
             line: Line::from(Some(snapshot)),
             ..self.clone()
         }
+    }
+
+    /// The same for a machine that was just booted from the disk of `snapshot`.
+    pub fn booted_from(&self, snapshot: SnapshotId) -> Journal {
+        let mut journal = self.restored_from(snapshot);
+        journal.line.booted = true;
+        journal
     }
 
     /// Replaces what is written in a machine's folder.
@@ -197,6 +212,7 @@ mod tests {
             network: NetworkRules::default(),
             secure: true,
             pause_at_end: false,
+            pause_disk_only: false,
             auto_resume: false,
         };
         let journal = Journal::new(&create, Some(&token));
@@ -211,7 +227,7 @@ mod tests {
         let path = dir.path().join(FILE);
         let mut old: serde_json::Value =
             serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        for new in ["line", "pause_at_end", "auto_resume"] {
+        for new in ["line", "pause_at_end", "pause_disk_only", "auto_resume"] {
             old.as_object_mut().unwrap().remove(new);
         }
         std::fs::write(&path, old.to_string()).unwrap();

@@ -9,6 +9,7 @@ use wrenn_snapshot::SnapshotId;
 use wrenn_types::{SandboxId, SandboxState, Shape};
 
 use super::death::found_dead;
+use super::handle::Resume;
 use super::handle::{Handle, Order};
 use super::journal::Journal;
 use super::owner::{Common, Owner};
@@ -44,6 +45,8 @@ pub struct CreateSandbox {
     pub secure: bool,
     /// When its time is over it is paused, not ended.
     pub pause_at_end: bool,
+    /// Only its disk is kept then.
+    pub pause_disk_only: bool,
     /// While it is paused, traffic to its ports resumes it.
     pub auto_resume: bool,
 }
@@ -260,6 +263,7 @@ impl Manager {
         let parent = self.get(id)?;
         let order = Order {
             name: String::new(),
+            scope: Scope::Machine,
             owners: children.iter().map(SandboxId::to_string).collect(),
         };
         let kept = parent.save(order).await?;
@@ -275,6 +279,7 @@ impl Manager {
                 network: about.network.clone(),
                 secure: about.token.is_some(),
                 pause_at_end: about.pause_at_end,
+                pause_disk_only: about.pause_disk_only,
                 auto_resume: about.auto_resume,
             };
             async move {
@@ -355,7 +360,7 @@ impl Manager {
             .ok_or(DialFailure::NotFound)?;
         let in_use = handle.activity.begin();
         let live = match handle.running().await {
-            Err(_) if handle.wakes() => match handle.resume(None, Actor::Traffic).await {
+            Err(_) if handle.wakes() => match handle.resume(Resume::by(Actor::Traffic)).await {
                 Ok(_) => handle.running().await,
                 Err(error) => Err(error),
             },

@@ -10,7 +10,7 @@ mod paused;
 mod transitions;
 
 pub use death::cpu_ms;
-pub use handle::{Certificate, Handle, Live, Order};
+pub use handle::{Certificate, Handle, Live, Order, Resume};
 pub use journal::Journal;
 pub use manager::{CreateSandbox, Manager};
 pub use network::NetworkRules;

@@ -21,8 +21,8 @@ use wrenn_vmm::RunState;
 
 use super::death::{End, certificate, console_of, cpu_ms, death};
 use super::handle::{
-    About, Answer, Certificate, Handle, LastCommand, Live, Request, Resumed, SharedLive, View,
-    set_live,
+    About, Answer, Certificate, Handle, LastCommand, Live, Request, Resume, Resumed, SharedLive,
+    View, set_live,
 };
 use super::journal::Journal;
 use super::paused::Paused;
@@ -35,7 +35,7 @@ use crate::machine::{LiveMachine, Phases, Site, name_of};
 use crate::metrics::Series;
 use crate::pool::Pool;
 use crate::sandbox::handle::PauseDone;
-use crate::snapshots::{Snapshots, go_on, thaw};
+use crate::snapshots::{Scope, Snapshots, go_on, thaw};
 use crate::template::TemplateStore;
 
 /// The longest sleep towards a deadline; wall clocks are moved, so it is looked at again.
@@ -180,6 +180,7 @@ impl Owner {
             generation: machine.record.generation,
             restored: Restored::default(),
             phases: Phases::default(),
+            booted: journal.line.booted,
         };
         self.publish(&machine, &journal, certificate);
         self.set(SandboxState::Running, None);
@@ -263,8 +264,8 @@ impl Owner {
                         // The asker may have hung up; the limit holds all the same.
                         let _ = answer.send(set);
                     }
-                    Some(Request::Resume(lifetime, _, answer)) => {
-                        let set = match lifetime {
+                    Some(Request::Resume(resume, answer)) => {
+                        let set = match resume.lifetime {
                             Some(lifetime) => self.set_lifetime(lifetime, &machine, &mut journal),
                             None => Ok(()),
                         };
@@ -283,8 +284,8 @@ impl Owner {
                         }
                         let _ = answer.send(saved);
                     }
-                    Some(Request::Pause(answer)) => {
-                        match self.pause(&machine, &mut journal, None).await {
+                    Some(Request::Pause(scope, answer)) => {
+                        match self.pause(&machine, &mut journal, scope, None).await {
                             Ok((paused, phases)) => {
                                 self.put_away(machine, &paused, Actor::Request).await;
                                 let _ = answer.send(Ok(PauseDone { now: true, phases }));
@@ -331,7 +332,8 @@ impl Owner {
                         return self.end(machine, &journal, end, None).await;
                     }
                     let reason = Some(TIME_OVER.to_owned());
-                    match self.pause(&machine, &mut journal, reason).await {
+                    let scope = Scope::of(journal.pause_disk_only);
+                    match self.pause(&machine, &mut journal, scope, reason).await {
                         Ok((paused, _)) => {
                             self.put_away(machine, &paused, Actor::Clock).await;
                             return Next::Continue(Body::Paused(Box::new(paused)));
@@ -372,7 +374,7 @@ impl Owner {
                         state: SandboxState::Paused,
                     });
                 }
-                Some(Request::Pause(answer)) => drop(answer.send(Ok(PauseDone {
+                Some(Request::Pause(_, answer)) => drop(answer.send(Ok(PauseDone {
                     now: false,
                     phases: Phases::default(),
                 }))),
@@ -383,27 +385,25 @@ impl Owner {
                     }
                     let _ = answer.send(kept);
                 }
-                Some(Request::Resume(lifetime, actor, answer)) => {
-                    match self.resume(&paused, lifetime).await {
-                        Ok((machine, journal, resumed)) => {
-                            self.happened(Kind::Resumed, actor, None);
-                            let _ = answer.send(Ok(resumed));
-                            return Next::Continue(Body::Live(Box::new((machine, journal))));
-                        }
-                        Err(error) => {
-                            tracing::error!(sandbox = %self.id, error = %chain(&error), "could not be resumed; it stays paused");
-                            self.show_paused(&paused);
-                            let _ = answer.send(Err(error));
-                        }
+                Some(Request::Resume(resume, answer)) => match self.resume(&paused, resume).await {
+                    Ok((machine, journal, resumed)) => {
+                        self.happened(Kind::Resumed, resume.actor, None);
+                        let _ = answer.send(Ok(resumed));
+                        return Next::Continue(Body::Live(Box::new((machine, journal))));
                     }
-                }
+                    Err(error) => {
+                        tracing::error!(sandbox = %self.id, error = %chain(&error), "could not be resumed; it stays paused");
+                        self.show_paused(&paused);
+                        let _ = answer.send(Err(error));
+                    }
+                },
                 Some(Request::Rollback(id, answer)) => {
                     match self.roll_back_paused(&paused, id).await {
                         Ok(back) => {
                             let left = paused.snapshot;
                             paused = back;
                             self.release_parent(Some(left), id).await;
-                            match self.resume(&paused, None).await {
+                            match self.resume(&paused, Resume::by(Actor::Request)).await {
                                 Ok((machine, journal, resumed)) => {
                                     self.happened(Kind::RolledBack, Actor::Request, None);
                                     let _ = answer.send(Ok(resumed));
@@ -433,6 +433,7 @@ impl Owner {
                 generation: 0,
                 restored: Restored::default(),
                 phases: Phases::default(),
+                booted: false,
             },
             |live| live.certificate.clone(),
         )
@@ -531,8 +532,8 @@ impl Owner {
             match request {
                 Request::Destroy(answer) => drop(answer.send(Ok(()))),
                 Request::SetLifetime(_, answer) => drop(answer.send(Err(gone()))),
-                Request::Pause(answer) => drop(answer.send(Err(gone()))),
-                Request::Resume(_, _, answer) => drop(answer.send(Err(gone()))),
+                Request::Pause(_, answer) => drop(answer.send(Err(gone()))),
+                Request::Resume(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Save(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Rollback(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Network(change) => self.no_network(change, gone),

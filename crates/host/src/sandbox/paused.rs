@@ -73,6 +73,7 @@ impl Paused {
             generation: self.generation,
             token: self.journal.token(),
             pause_at_end: self.journal.pause_at_end,
+            pause_disk_only: self.journal.pause_disk_only,
             auto_resume: self.journal.auto_resume,
             snapshot: Some(self.snapshot),
             envs: self.journal.envs.clone(),

@@ -7,7 +7,7 @@ use wrenn_snapshot::SnapshotId;
 use wrenn_types::{AccessToken, SandboxState};
 
 use super::death::{End, console_of, death};
-use super::handle::{Certificate, Kept, Order, Resumed};
+use super::handle::{Certificate, Kept, Order, Resume, Resumed};
 use super::journal::Journal;
 use super::owner::{Common, Owner};
 use super::paused::Paused;
@@ -16,10 +16,8 @@ use crate::capacity;
 use crate::guest::{Identity, Restored};
 use crate::lifetime::Lifetime;
 use crate::machine::{LiveMachine, MachineError, Origin, Phases, new_restore_id, restore};
-use crate::snapshots::{LABEL_SANDBOX, Saver, Then, thaw};
+use crate::snapshots::{LABEL_SANDBOX, Saver, Scope, Then, thaw};
 
-/// How long the guest agent may take for its restore hook, on the reference machine.
-const INIT_PATIENCE: Duration = Duration::from_secs(20);
 /// A sandbox with an absolute end that is resumed after it, and not told a new one, lives for
 /// this long.
 const RESUMED_FOR: Duration = Duration::from_secs(300);
@@ -56,7 +54,7 @@ impl Owner {
         let mut phases = Phases::default();
         let mut clock = Instant::now();
         let origin = match create.snapshot {
-            Some(id) => self.origin(id, 1).await?,
+            Some(id) => self.origin(id, 1, false).await?,
             None => Origin::template(templates.get(site, &create.template, create.shape).await?),
         };
         phases.note("template", &mut clock);
@@ -75,10 +73,13 @@ impl Owner {
             Some(machine) => (machine, restore_id),
             None => self.bring_up(&origin, &mut phases).await?,
         };
-        match self
-            .hand_over(&machine, &journal, &restore_id, true, phases)
-            .await
-        {
+        let handing = HandOver {
+            journal: &journal,
+            restore_id: &restore_id,
+            origin: &origin,
+            keep: true,
+        };
+        match self.hand_over(&machine, handing, phases).await {
             Ok(certificate) => {
                 self.publish(&machine, &journal, certificate);
                 self.activity.touch();
@@ -104,10 +105,14 @@ impl Owner {
         Ok(restore(&self.common.site, origin, phases).await?)
     }
 
-    /// What a machine is restored from that is to be `snapshot`.
-    async fn origin(&self, id: SnapshotId, generation: u64) -> Result<Origin, SandboxError> {
+    /// What a machine is restored from that is to be `snapshot`, or to have its disk.
+    async fn origin(
+        &self,
+        id: SnapshotId,
+        generation: u64,
+        disk_only: bool,
+    ) -> Result<Origin, SandboxError> {
         let Common {
-            site,
             templates,
             snapshots,
             ..
@@ -115,25 +120,28 @@ impl Owner {
         let snapshot = snapshots.load(id).await?;
         let description = &snapshot.manifest().description;
         let template = description.origin.template.clone().unwrap_or_default();
-        let template = templates.of_snapshot(site, &template).await?;
+        let template = templates.of_snapshot(&template).await?;
         Ok(Origin {
             template,
             snapshot: Some(snapshot),
             generation,
+            disk_only,
         })
     }
 
-    /// Lets a machine run that stands still, as this sandbox. With `keep` its journal is
-    /// written first, so that the next agent knows whose it is; without, it is nobody's until
-    /// the caller says so.
+    /// Lets a machine run that stands still, as this sandbox.
     async fn hand_over(
         &self,
         machine: &LiveMachine,
-        journal: &Journal,
-        restore_id: &str,
-        keep: bool,
+        handing: HandOver<'_>,
         mut phases: Phases,
     ) -> Result<Certificate, SandboxError> {
+        let HandOver {
+            journal,
+            restore_id,
+            origin,
+            keep,
+        } = handing;
         let mut clock = Instant::now();
         if keep {
             journal.keep(&machine.folder)?;
@@ -154,7 +162,7 @@ impl Owner {
             hostname: &id,
             default_user: "user",
         };
-        let patience = self.common.site.vmm.info().deadline(INIT_PATIENCE);
+        let patience = self.common.site.vmm.info().deadline(origin.patience());
         let host_token = machine.host_token();
         let mut exited = machine.vm.exited();
         let restored: Restored = tokio::select! {
@@ -171,6 +179,7 @@ impl Owner {
             generation: machine.record.generation,
             restored,
             phases,
+            booted: origin.boots(),
         })
     }
 
@@ -185,7 +194,7 @@ impl Owner {
         Ok(Saver {
             site,
             snapshots,
-            template: templates.of_snapshot(site, digest).await?,
+            template: templates.of_snapshot(digest).await?,
         })
     }
 
@@ -199,7 +208,9 @@ impl Owner {
         capacity::admit_save(&self.common.site.config.data_dir)?;
         let saver = self.saver(machine).await?;
         self.set(SandboxState::Snapshotting, None);
-        let saved = saver.save(machine, journal, &order.name, Then::GoOn).await;
+        let saved = saver
+            .save(machine, journal, &order.name, order.scope, Then::GoOn)
+            .await;
         self.set(SandboxState::Running, None);
         let saved = saved?;
         let snapshot = saved.snapshot.id();
@@ -243,12 +254,13 @@ impl Owner {
         &self,
         machine: &LiveMachine,
         journal: &mut Journal,
+        scope: Scope,
         reason: Option<String>,
     ) -> Result<(Paused, Phases), SandboxError> {
         capacity::admit_save(&self.common.site.config.data_dir)?;
         let saver = self.saver(machine).await?;
         self.set(SandboxState::Pausing, None);
-        let saved = match saver.save(machine, journal, "", Then::Stay).await {
+        let saved = match saver.save(machine, journal, "", scope, Then::Stay).await {
             Ok(saved) => saved,
             Err(error) => {
                 self.set(SandboxState::Running, None);
@@ -281,27 +293,38 @@ impl Owner {
         Ok((paused, phases))
     }
 
-    /// Restores a paused sandbox.
+    /// Restores a paused sandbox, or boots it.
     pub(super) async fn resume(
         &self,
         paused: &Paused,
-        lifetime: Option<Lifetime>,
+        resume: Resume,
     ) -> Result<(LiveMachine, Journal, Resumed), SandboxError> {
         let site = &self.common.site;
         capacity::admit(paused.shape, &site.config.data_dir)?;
         self.set(SandboxState::Resuming, None);
         let mut phases = Phases::default();
         let mut clock = Instant::now();
-        let origin = self.origin(paused.snapshot, paused.generation + 1).await?;
+        let generation = paused.generation + 1;
+        let origin = self
+            .origin(paused.snapshot, generation, resume.boot)
+            .await?;
         phases.note("snapshot", &mut clock);
         let (machine, restore_id) = self.bring_up(&origin, &mut phases).await?;
+        let lifetime = resume.lifetime;
         let lifetime = lifetime.unwrap_or_else(|| still_to_live(paused.journal.lifetime));
-        let journal = paused.journal.restored_from(paused.snapshot);
+        let journal = match origin.boots() {
+            true => paused.journal.booted_from(paused.snapshot),
+            false => paused.journal.restored_from(paused.snapshot),
+        };
         let journal = journal.with_lifetime(lifetime);
         let resumed = async {
-            let certificate = self
-                .hand_over(&machine, &journal, &restore_id, true, phases)
-                .await?;
+            let handing = HandOver {
+                journal: &journal,
+                restore_id: &restore_id,
+                origin: &origin,
+                keep: true,
+            };
+            let certificate = self.hand_over(&machine, handing, phases).await?;
             // From here on it is not paused any more.
             Paused::remove(&site.config.paused_dir(), self.id).map_err(|source| {
                 SandboxError::Journal {
@@ -367,13 +390,20 @@ impl Owner {
             machine.vm.stop().await.map_err(MachineError::from)?;
             let mut phases = Phases::default();
             let mut clock = Instant::now();
-            let origin = self.origin(id, machine.record.generation + 1).await?;
+            let origin = self
+                .origin(id, machine.record.generation + 1, false)
+                .await?;
             phases.note("snapshot", &mut clock);
             let (other, restore_id) = self.bring_up(&origin, &mut phases).await?;
             let journal = journal.restored_from(id);
             let handed = async {
-                let handed = self.hand_over(&other, &journal, &restore_id, false, phases);
-                let certificate = handed.await?;
+                let handing = HandOver {
+                    journal: &journal,
+                    restore_id: &restore_id,
+                    origin: &origin,
+                    keep: false,
+                };
+                let certificate = self.hand_over(&other, handing, phases).await?;
                 // From here on the sandbox is this machine: of two, the later generation is.
                 journal.keep(&other.folder)?;
                 Ok(certificate)
@@ -432,6 +462,18 @@ impl Owner {
             }
         }
     }
+}
+
+/// How a machine is handed over to its sandbox.
+struct HandOver<'a> {
+    journal: &'a Journal,
+    /// What its guest agent waits for.
+    restore_id: &'a str,
+    /// Where it comes from.
+    origin: &'a Origin,
+    /// The journal is written first, so that the next agent knows whose the machine is; else
+    /// it is nobody's until the caller says so.
+    keep: bool,
 }
 
 /// The limits of a sandbox that is resumed without new ones.

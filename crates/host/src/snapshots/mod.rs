@@ -41,6 +41,26 @@ pub const LABEL_DISK_MIB: &str = "disk_mib";
 /// After something was deleted, what else is deleted within this time is collected with it.
 const COLLECT_AFTER: Duration = Duration::from_millis(200);
 
+/// What of a sandbox is saved.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Processors, devices, memory and disk: its programs go on where they stood.
+    #[default]
+    Machine,
+    /// The disk: what it becomes boots.
+    Disk,
+}
+
+impl Scope {
+    /// As requests say it.
+    pub fn of(disk_only: bool) -> Scope {
+        match disk_only {
+            true => Scope::Disk,
+            false => Scope::Machine,
+        }
+    }
+}
+
 /// Runs what blocks on a thread that may.
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, SnapshotError> + Send + 'static,

@@ -7,6 +7,8 @@
 //!     Then::Stay: it stands until the caller has ended or thawed it ◀───────────────────┘
 //! ```
 //!
+//! Of a save of the disk alone memory and devices are left out, and the rest is the same.
+//!
 //! Whatever fails, the machine runs on as before: until the switch nothing has changed for it,
 //! and after the switch its disk is one empty layer higher, which its journal knows.
 
@@ -21,8 +23,8 @@ use wrenn_snapshot::{
 use wrenn_vmm::{DeltaPages, Run, SavedDelta, create_overlay};
 
 use super::{
-    LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE, Snapshots, TemplateBase, blocking,
-    firmware_part,
+    LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE, Scope, Snapshots, TemplateBase,
+    blocking, firmware_part,
 };
 use crate::activity::unix_ms;
 use crate::guest::{Guest, chain};
@@ -65,6 +67,7 @@ impl Saver<'_> {
         machine: &LiveMachine,
         journal: &mut Journal,
         name: &str,
+        scope: Scope,
         then: Then,
     ) -> Result<Saved, SandboxError> {
         let mut phases = Phases::default();
@@ -91,11 +94,16 @@ impl Saver<'_> {
 
         let frozen = Instant::now();
         let mut switched = false;
+        let lies_on = match scope {
+            Scope::Machine if before.booted => Some(LiesOn::Template),
+            Scope::Machine => Some(LiesOn::Parent(parent.clone())),
+            Scope::Disk => None,
+        };
         let draft = self
             .freeze(
                 machine,
                 draft,
-                parent.clone(),
+                lies_on,
                 &new_top,
                 &mut switched,
                 &mut phases,
@@ -139,6 +147,7 @@ impl Saver<'_> {
             self.snapshots.pin(snapshot.id(), &owner).await?;
             let mut next = journal.clone();
             next.line.parent = Some(snapshot.id());
+            next.line.booted = false;
             next.line.layers = vec![journal.line.top().to_owned()];
             next.keep(&machine.folder)?;
             Ok::<_, SandboxError>((snapshot, next))
@@ -196,12 +205,13 @@ impl Saver<'_> {
         }
     }
 
-    /// Stops the guest and takes everything of the moment; the VM stands afterwards.
+    /// Stops the guest and takes everything of the moment, its memory where it is said what
+    /// that lies on; the VM stands afterwards.
     async fn freeze(
         &self,
         machine: &LiveMachine,
-        draft: Draft,
-        parent: Option<Arc<Snapshot>>,
+        mut draft: Draft,
+        lies_on: Option<LiesOn>,
         new_top: &Path,
         switched: &mut bool,
         phases: &mut Phases,
@@ -209,17 +219,22 @@ impl Saver<'_> {
         let mut clock = Instant::now();
         machine.guest.prepare_snapshot().await?;
         phases.note("quiesce", &mut clock);
-        let saved = machine.vm.save_delta().await.map_err(MachineError::from)?;
-        phases.note("stop", &mut clock);
-        let template = self.template.clone();
-        let draft = tokio::task::spawn_blocking(move || {
-            write_machine(draft, parent.as_deref(), &template, saved)
-        });
-        let draft = match draft.await {
-            Ok(draft) => draft?,
-            Err(join) => return Err(SandboxError::Broken(join.to_string())),
-        };
-        phases.note("memory", &mut clock);
+        if let Some(lies_on) = lies_on {
+            let saved = machine.vm.save_delta().await.map_err(MachineError::from)?;
+            phases.note("stop", &mut clock);
+            let template = self.template.clone();
+            let written = tokio::task::spawn_blocking(move || {
+                write_machine(draft, lies_on, &template, saved)
+            });
+            draft = match written.await {
+                Ok(draft) => draft?,
+                Err(join) => return Err(SandboxError::Broken(join.to_string())),
+            };
+            phases.note("memory", &mut clock);
+        } else {
+            machine.vm.stop().await.map_err(MachineError::from)?;
+            phases.note("stop", &mut clock);
+        }
         // From here on it may be: a switch can fail after it was done, and a layer that is noted
         // and not used holds nothing, while one that is used and forgotten loses writes.
         *switched = true;
@@ -271,16 +286,28 @@ fn kernel_of(template: &LoadedTemplate) -> String {
         .map_or_else(String::new, |file| file.sha256.to_string())
 }
 
+/// Of what the memory of a machine is a change.
+enum LiesOn {
+    /// The memory it was restored from or last saved as, if it was.
+    Parent(Option<Arc<Snapshot>>),
+    /// The template's, whatever its parent has: it was booted since.
+    Template,
+}
+
 /// Writes memory and devices of a stopped machine into a draft.
 fn write_machine(
     mut draft: Draft,
-    parent: Option<&Snapshot>,
+    lies_on: LiesOn,
     template: &LoadedTemplate,
     mut saved: SavedDelta,
 ) -> Result<Draft, SandboxError> {
     let base = TemplateBase::of(template);
     let untouched;
-    let before = match parent.and_then(Snapshot::memory) {
+    let parent = match lies_on {
+        LiesOn::Parent(parent) => parent,
+        LiesOn::Template => None,
+    };
+    let before = match parent.as_deref().and_then(Snapshot::memory) {
         Some(memory) => memory,
         None => {
             let pages = pages_of(template.memory.bytes())?;

@@ -17,12 +17,10 @@ use super::store::{DISK, MANIFEST, MEMORY, Manifest, MemoryDigest, STATE, VERSIO
 use crate::activity::unix_ms;
 use crate::guest::{Guest, GuestError, Identity, as_user, chain};
 use crate::machine::{
-    BootedMachine, Site, boot_for_template, disk_bytes, kernel_command_line, write_json,
+    BOOT_PATIENCE, BootedMachine, Site, boot_for_template, disk_bytes, kernel_command_line,
+    write_json,
 };
 
-/// From the start of the VMM until the guest agent has run its hook, on the reference
-/// machine: it takes 4 to 6 s there.
-const BOOT_PATIENCE: Duration = Duration::from_secs(30);
 /// A boot that hangs is tried again so often, and counted.
 const BOOT_RETRIES: u32 = 1;
 /// How long the programs of a [`WarmUp`] may take together.

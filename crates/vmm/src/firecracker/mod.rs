@@ -41,8 +41,8 @@ pub use self::config::{Devices, FirecrackerConfig};
 pub use self::drives::{CloneWay, Cloning};
 pub use self::machine::FirecrackerMachine;
 use crate::{
-    Accelerator, BootSpec, Delta, Fingerprint, Machine, RestoreSpec, ServedSpec, Vmm, VmmError,
-    VmmInfo,
+    Accelerator, BootSpec, Delta, Fingerprint, Machine, MachineSpec, RestoreSpec, SealedMemory,
+    ServedSpec, Vmm, VmmError, VmmInfo,
 };
 
 /// Version of the driver's device layout; see [`Fingerprint::layout`].
@@ -102,6 +102,18 @@ impl Vmm for FirecrackerVmm {
 
     async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Machine>, VmmError> {
         Ok(Arc::new(self.boot_machine(spec).await?))
+    }
+
+    async fn boot_private(
+        &self,
+        _machine: MachineSpec,
+        _memory: Arc<SealedMemory>,
+    ) -> Result<Arc<dyn Machine>, VmmError> {
+        Err(VmmError::Unsupported {
+            monitor: "Firecracker",
+            what: "boot over memory that is there",
+            why: "it makes the memory of a boot itself; use `boot`".into(),
+        })
     }
 
     async fn restore(&self, spec: RestoreSpec) -> Result<Arc<dyn Machine>, VmmError> {

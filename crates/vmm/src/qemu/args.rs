@@ -81,6 +81,8 @@ pub(super) enum Format {
 pub(super) enum Start {
     /// Boot, writing to the memory itself.
     Cold,
+    /// Stand before the first instruction of a boot, mapping the memory privately.
+    Private,
     /// Wait for a state, mapping the memory privately.
     Saved,
 }
@@ -124,7 +126,7 @@ impl Plan<'_> {
                 self.memory.path(),
                 match self.start {
                     Start::Cold => "on",
-                    Start::Saved => "off",
+                    Start::Private | Start::Saved => "off",
                 }
             ),
         );
@@ -165,8 +167,10 @@ impl Plan<'_> {
                 format!("virtio-net-device,netdev=net0,mac={mac}"),
             );
         }
-        if self.start == Start::Saved {
+        if self.start != Start::Cold {
             args.flag("-S");
+        }
+        if self.start == Start::Saved {
             args.put("-incoming", "defer".into());
         }
         args.list
@@ -280,7 +284,7 @@ mod tests {
 
     #[test]
     fn g20_no_path_but_descriptors_reaches_qemu() {
-        for start in [Start::Cold, Start::Saved] {
+        for start in [Start::Cold, Start::Private, Start::Saved] {
             for arg in plan(start) {
                 for (at, _) in arg.match_indices('/') {
                     let (before, rest) = arg.split_at(at);
@@ -298,6 +302,7 @@ mod tests {
 
     #[test]
     fn g43_no_device_can_discard_shared_memory() {
+        assert!(plan(Start::Private).join(" ").contains("share=off"));
         let text = plan(Start::Saved).join(" ");
         assert!(text.contains("share=off"));
         for word in ["balloon", "virtio-mem", "free-page", "hostmem", "unmap"] {

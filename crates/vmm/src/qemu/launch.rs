@@ -17,7 +17,7 @@ use crate::keeper::{self, Console};
 use crate::machine::{DiskChain, MachineSpec};
 use crate::memfd::{copy_of_path, sealed_memfd};
 use crate::record::Monitor;
-use crate::{MemoryFile, VmmError};
+use crate::{MemoryFile, SealedMemory, VmmError};
 
 /// What kernels are called among QEMU's descriptors.
 const BOOT: &str = "wrenn-boot";
@@ -32,17 +32,36 @@ pub(super) struct Kernel {
 }
 
 impl QemuVmm {
-    /// Boots a machine.
+    /// Boots a machine in memory that becomes a template's.
     pub(super) async fn start_cold(
         &self,
         spec: MachineSpec,
         memory: &MemoryFile,
     ) -> Result<QemuMachine, VmmError> {
         spec.check_memory(memory.bytes())?;
-        let memory = memory
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(|source| own_file("cannot share the memory of", &spec.dir, source))?;
+        let memory = memory.as_fd().try_clone_to_owned();
+        self.start_boot(spec, Start::Cold, memory).await
+    }
+
+    /// Prepares the boot of a machine over memory that it does not change.
+    pub(super) async fn start_private(
+        &self,
+        spec: MachineSpec,
+        memory: &SealedMemory,
+    ) -> Result<QemuMachine, VmmError> {
+        spec.check_memory(memory.bytes())?;
+        let memory = memory.share();
+        self.start_boot(spec, Start::Private, memory).await
+    }
+
+    async fn start_boot(
+        &self,
+        spec: MachineSpec,
+        start: Start,
+        memory: io::Result<OwnedFd>,
+    ) -> Result<QemuMachine, VmmError> {
+        let memory =
+            memory.map_err(|source| own_file("cannot share the memory of", &spec.dir, source))?;
         let boot = spec.boot.clone();
         let kernel = tokio::task::spawn_blocking(move || -> Result<Kernel, VmmError> {
             Ok(Kernel {
@@ -52,7 +71,7 @@ impl QemuVmm {
         })
         .await
         .map_err(|error| VmmError::Spec(format!("the kernel was not read: {error}")))??;
-        self.start(spec, Start::Cold, memory, kernel).await
+        self.start(spec, start, memory, kernel).await
     }
 
     /// Starts QEMU under a keeper, records it and connects to it.

@@ -23,8 +23,8 @@ pub use self::save::state_file;
 use crate::keeper::Launcher;
 use crate::probe::{Choice, HostReport, QEMU_MINIMUM};
 use crate::{
-    BootSpec, Delta, Fingerprint, Machine, RestoreSpec, ServedSpec, Vmm, VmmError, VmmInfo,
-    create_overlay,
+    BootSpec, Delta, Fingerprint, Machine, MachineSpec, RestoreSpec, SealedMemory, ServedSpec, Vmm,
+    VmmError, VmmInfo, create_overlay,
 };
 
 /// What the driver needs to know.
@@ -128,6 +128,15 @@ impl Vmm for QemuVmm {
     async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Machine>, VmmError> {
         let BootSpec { machine, memory } = spec;
         Ok(Arc::new(self.start_cold(machine, &memory).await?.claim()))
+    }
+
+    async fn boot_private(
+        &self,
+        machine: MachineSpec,
+        memory: Arc<SealedMemory>,
+    ) -> Result<Arc<dyn Machine>, VmmError> {
+        let machine = self.start_private(machine, &memory).await?;
+        Ok(Arc::new(machine.claim()))
     }
 
     async fn restore(&self, spec: RestoreSpec) -> Result<Arc<dyn Machine>, VmmError> {

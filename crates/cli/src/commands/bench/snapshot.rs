@@ -148,10 +148,10 @@ impl Bench<'_> {
         let (mut pause, mut resume, mut output) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.args.n {
             let began = Instant::now();
-            self.client.pause(id).await?;
+            self.client.pause(id, true).await?;
             pause.push(ms(began));
             let began = Instant::now();
-            self.client.resume(id).await?;
+            self.client.resume(id, true).await?;
             resume.push(ms(began));
             self.shell(id).await?;
             output.push(ms(began));

@@ -39,9 +39,9 @@ pub(crate) enum Command {
     #[command(visible_alias = "rm")]
     Kill(kill::Args),
     /// Save a sandbox, programs and all, and free what it takes of this machine
-    Pause(pause::Args),
+    Pause(pause::PauseArgs),
     /// Go on with a paused sandbox
-    Resume(pause::Args),
+    Resume(pause::ResumeArgs),
     /// Start new sandboxes in the very state that this one is in; it goes on
     Fork(fork::Args),
     /// Note a point that the sandbox can go back to
@@ -72,7 +72,8 @@ impl Command {
             Command::List(args) => args.output.json,
             Command::Inspect(args) => args.output.json,
             Command::Kill(args) => args.output.json,
-            Command::Pause(args) | Command::Resume(args) => args.output.json,
+            Command::Pause(args) => args.output.json,
+            Command::Resume(args) => args.output.json,
             Command::Fork(args) => args.output.json,
             Command::Checkpoint(args) => args.output.json,
             Command::Checkpoints(args) => args.output.json,

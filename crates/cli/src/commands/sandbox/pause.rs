@@ -8,28 +8,49 @@ use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::with_spinner;
 
-/// Options of `wrenn sandbox pause` and `resume`.
+/// Options of `wrenn sandbox pause`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct PauseArgs {
     /// Which sandbox
     id: String,
+    /// Save its disk alone: its programs end, and it boots when it is resumed
+    #[arg(long)]
+    disk_only: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// Options of `wrenn sandbox resume`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ResumeArgs {
+    /// Which sandbox
+    id: String,
+    /// Boot it from its disk, without the memory it was saved with
+    #[arg(long)]
+    boot: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
 
 /// Pauses it.
-pub(crate) async fn pause(args: &Args, context: &Context) -> Result<Exit, Failure> {
+pub(crate) async fn pause(args: &PauseArgs, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let id = client.find(&args.id).await?;
-    let paused = with_spinner(&context.printer, "pausing", client.pause(&id)).await?;
+    let paused = with_spinner(
+        &context.printer,
+        "pausing",
+        client.pause(&id, !args.disk_only),
+    )
+    .await?;
     show(&paused, args.output.json, context)
 }
 
 /// Resumes it.
-pub(crate) async fn resume(args: &Args, context: &Context) -> Result<Exit, Failure> {
+pub(crate) async fn resume(args: &ResumeArgs, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let id = client.find(&args.id).await?;
-    let resumed = with_spinner(&context.printer, "resuming", client.resume(&id)).await?;
+    let resumed =
+        with_spinner(&context.printer, "resuming", client.resume(&id, !args.boot)).await?;
     show(&resumed, args.output.json, context)
 }
 

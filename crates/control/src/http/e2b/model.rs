@@ -35,8 +35,9 @@ pub(crate) struct NewSandbox {
     pub(super) env_vars: Option<BTreeMap<String, String>>,
     /// When its time is over it is paused, not ended.
     pub(super) auto_pause: Option<bool>,
-    /// Only `true` is offered.
-    auto_pause_memory: Option<bool>,
+    /// `false`: only its disk is kept then, and it boots when it is resumed. Such a boot takes
+    /// seconds, so it goes only with `autoPause` and not with `autoResume`.
+    pub(super) auto_pause_memory: Option<bool>,
     pub(super) auto_resume: Option<AutoResume>,
     #[schema(value_type = Option<Object>)]
     pub(super) network: Option<Value>,
@@ -69,7 +70,16 @@ impl NewSandbox {
     pub(super) fn check(&self) -> Result<(), Failure> {
         let mut wanted: Vec<String> = Vec::new();
         if self.auto_pause_memory == Some(false) {
-            wanted.push("autoPauseMemory".to_owned());
+            if self.auto_pause != Some(true) {
+                return Err(Failure::invalid(
+                    "autoPauseMemory=false says how autoPause saves: it requires autoPause=true",
+                ));
+            }
+            if self.auto_resume.as_ref().is_some_and(|it| it.enabled) {
+                return Err(Failure::invalid(
+                    "autoPauseMemory=false and autoResume exclude each other: such a sandbox boots, which no connection waits for",
+                ));
+            }
         }
         match &self.network {
             Some(Value::Object(fields)) => {
@@ -281,7 +291,7 @@ impl SandboxDetail {
 pub(crate) struct Connect {
     /// Seconds from now until it ends, if that is later than it would.
     pub(super) timeout: Option<i64>,
-    /// Whether a paused one's memory is kept; only `true` is offered.
+    /// `false`: a paused one is booted from its disk, and what memory it has is dropped.
     pub(super) memory: Option<bool>,
 }
 

@@ -120,6 +120,7 @@ async fn create(
         secure,
         network,
         pause_at_end: body.auto_pause.unwrap_or(false),
+        pause_disk_only: body.auto_pause_memory == Some(false),
         auto_resume: body.auto_resume.is_some_and(|resume| resume.enabled),
         idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
     };
@@ -201,10 +202,10 @@ async fn connect(
     body: Connect,
     default_timeout: i64,
 ) -> Result<Response, E2bError> {
-    keeps_memory(body.memory)?;
     let secs = seconds(body.timeout.unwrap_or(default_timeout), 1)?;
+    let boot = body.memory == Some(false);
     let moved = app
-        .resume(principal.team, id, Some(secs))
+        .resume(principal.team, id, Some(secs), boot)
         .await
         .map_err(|e| as_conflict(id, e))?;
     let status = match moved.now {
@@ -213,16 +214,6 @@ async fn connect(
     };
     let model = SandboxModel::new(&app.config, moved.sandbox);
     Ok(with_timing(status, model, &moved.phases))
-}
-
-/// Refuses what would save or restore a disk without its memory.
-pub(super) fn keeps_memory(memory: Option<bool>) -> Result<(), Failure> {
-    match memory {
-        Some(false) => Err(Failure::invalid(
-            "not offered by this server: memory=false (a snapshot of the disk alone)",
-        )),
-        Some(true) | None => Ok(()),
-    }
 }
 
 /// Connect to a sandbox

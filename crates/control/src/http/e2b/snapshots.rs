@@ -13,9 +13,7 @@ use wrenn_store::{SnapshotKind, SnapshotPage, SnapshotRow};
 use wrenn_types::{SandboxId, SandboxState};
 
 use super::model::{E2bErrorBody, SandboxModel};
-use super::sandboxes::{
-    Body, DEFAULT_TIMEOUT_V1, Id, as_conflict, as_missing, keeps_memory, seconds,
-};
+use super::sandboxes::{Body, DEFAULT_TIMEOUT_V1, Id, as_conflict, as_missing, seconds};
 use crate::app::{self, App, Code, Failure, Take};
 use crate::auth::Principal;
 use crate::http::error::E2bError;
@@ -31,7 +29,7 @@ const MAX_CHILDREN: i64 = 100;
 #[serde(rename_all = "camelCase")]
 #[schema(as = E2bPause)]
 pub(crate) struct Pause {
-    /// Only `true` is offered.
+    /// `false`: only its disk is saved, and it boots when it is resumed.
     memory: Option<bool>,
     /// Always so: a guest that does not answer cannot be paused, and the sandbox runs on.
     #[allow(dead_code, reason = "either value asks for what is done anyway")]
@@ -56,8 +54,8 @@ pub(super) async fn pause(
     Id(id): Id,
     Body(body, _): Body<Pause>,
 ) -> Result<Response, E2bError> {
-    keeps_memory(body.memory)?;
-    let paused = app.pause(principal.team, id).await;
+    let disk_only = body.memory == Some(false);
+    let paused = app.pause(principal.team, id, disk_only).await;
     let moved = paused.map_err(|e| as_conflict(id, e))?;
     Ok(timed(StatusCode::NO_CONTENT.into_response(), &moved.phases))
 }
@@ -103,7 +101,7 @@ pub(super) async fn resume(
     let running = known.state == SandboxState::Running;
     let moved = match running {
         true => None,
-        false => Some(app.resume(principal.team, id, Some(secs)).await),
+        false => Some(app.resume(principal.team, id, Some(secs), false).await),
     };
     let moved = moved.transpose().map_err(|e| as_conflict(id, e))?;
     let Some(moved) = moved.filter(|moved| moved.now) else {
@@ -199,7 +197,7 @@ pub(super) async fn fork(
 #[schema(as = E2bNewSnapshot)]
 pub(crate) struct NewSnapshot {
     name: Option<String>,
-    /// Only `true` is offered.
+    /// `false`: only the disk is saved, and what is made of it boots.
     memory: Option<bool>,
 }
 
@@ -241,12 +239,12 @@ pub(super) async fn create(
     headers: HeaderMap,
     Body(body, hash): Body<NewSnapshot>,
 ) -> Result<Response, E2bError> {
-    keeps_memory(body.memory)?;
     // A name is a new version of what had it before, as with templates.
     let take = Take {
         kind: SnapshotKind::Template,
         name: body.name,
         overwrite: true,
+        disk_only: body.memory == Some(false),
         idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
     };
     let taken = app.take_snapshot(principal.team, id, take).await;

@@ -154,6 +154,7 @@ fn spec(body: CreateSandbox) -> Result<CreateSpec, Failure> {
         secure: true,
         network: body.network.unwrap_or_default().into(),
         pause_at_end,
+        pause_disk_only: false,
         auto_resume: body.auto_resume.unwrap_or(false),
         idempotency: None,
     })

@@ -38,6 +38,8 @@ pub(crate) struct RestoreCertificate {
     ids_rotated: bool,
     /// Everything that was read of the snapshot was checked against its digests.
     digests_verified: bool,
+    /// It was booted from its disk: there was no memory, or it was not wanted.
+    booted: bool,
     /// How long each step took, in order.
     steps: Vec<CertifiedStep>,
 }
@@ -61,6 +63,7 @@ impl From<Certificate> for RestoreCertificate {
             clock_offset_micros: given.clock_offset_micros,
             ids_rotated: given.ids_rotated,
             digests_verified: given.digests_verified,
+            booted: given.booted,
             steps: given.phases.into_iter().map(step).collect(),
         }
     }
@@ -83,12 +86,21 @@ fn restored(moved: Moved) -> Response {
     with_timing(StatusCode::OK, body, &moved.phases)
 }
 
+/// Whether memory counts.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MemoryBody {
+    /// `false`: only the disk does, and the sandbox boots when it is resumed. `true` by default.
+    memory: Option<bool>,
+}
+
 /// Pause a sandbox
 ///
 /// Its memory, processes and disk are saved and its machine is given back; it then holds
-/// nothing but disk. If it cannot be saved it runs on.
+/// nothing but disk. If it cannot be saved it runs on. With `memory: false` its file system is
+/// synced and its disk saved; its programs end.
 #[utoipa::path(
-    post, path = "/v1/sandboxes/{id}/pause", tag = "snapshots",
+    post, path = "/v1/sandboxes/{id}/pause", tag = "snapshots", request_body = MemoryBody,
     params(("id" = String, Path, description = "`sb-…`")),
     responses(
         (status = 200, description = "It is paused", body = SandboxBody),
@@ -102,17 +114,21 @@ pub(super) async fn pause(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
+    Json(body, _): Json<MemoryBody>,
 ) -> Result<Response, ApiError> {
-    let moved = app.pause(principal.team, id).await?;
+    let moved = app
+        .pause(principal.team, id, body.memory == Some(false))
+        .await?;
     let body = SandboxBody::from(moved.sandbox);
     Ok(with_timing(StatusCode::OK, body, &moved.phases))
 }
 
 /// Resume a paused sandbox
 ///
-/// Its programs go on where they stood. One that runs stays as it is.
+/// Its programs go on where they stood. One that was paused without its memory boots, and with
+/// `memory: false` any does, from its disk. One that runs stays as it is.
 #[utoipa::path(
-    post, path = "/v1/sandboxes/{id}/resume", tag = "snapshots",
+    post, path = "/v1/sandboxes/{id}/resume", tag = "snapshots", request_body = MemoryBody,
     params(("id" = String, Path, description = "`sb-…`")),
     responses(
         (status = 200, description = "It runs", body = RestoredBody),
@@ -127,8 +143,10 @@ pub(super) async fn resume(
     State(app): State<Arc<App>>,
     principal: Principal,
     Id(id): Id,
+    Json(body, _): Json<MemoryBody>,
 ) -> Result<Response, ApiError> {
-    Ok(restored(app.resume(principal.team, id, None).await?))
+    let boot = body.memory == Some(false);
+    Ok(restored(app.resume(principal.team, id, None, boot).await?))
 }
 
 /// How to fork.
@@ -273,6 +291,7 @@ pub(super) async fn checkpoint(
         kind: SnapshotKind::Checkpoint,
         name: body.name,
         overwrite: false,
+        disk_only: false,
         idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
     };
     let (row, phases) = app.take_snapshot(principal.team, id, take).await?;
@@ -354,6 +373,8 @@ pub(crate) struct SnapshotRequest {
     sandbox_id: String,
     /// The template's name; made up where none is given.
     name: Option<String>,
+    /// `false`: only the disk counts, and what is made of the template boots. `true` by default.
+    memory: Option<bool>,
 }
 
 /// A template.
@@ -414,8 +435,8 @@ impl From<ListedTemplate> for SnapshotBody {
 
 /// Make a template of a sandbox
 ///
-/// With its memory: sandboxes made from it start in its very state. The sandbox stays as it
-/// is.
+/// With its memory, unless that is not wanted: sandboxes made from it start in its very state.
+/// The sandbox stays as it is.
 #[utoipa::path(
     post, path = "/v1/snapshots", tag = "snapshots", request_body = SnapshotRequest,
     params(
@@ -450,6 +471,7 @@ pub(super) async fn create(
         kind: SnapshotKind::Template,
         name: body.name,
         overwrite,
+        disk_only: body.memory == Some(false),
         idempotency: idempotency_key(&headers)?.map(|key| (key, hash)),
     };
     let (row, phases) = app.take_snapshot(principal.team, id, take).await?;
