@@ -291,6 +291,7 @@ impl HostAgent {
             templates: templates.clone(),
             pool: pool.clone(),
             snapshots: snapshots.clone(),
+            merges: tokio::sync::Semaphore::new(1),
             restores: tokio::sync::Semaphore::new(cpus * RESTORES_PER_CPU),
             events: events.clone(),
         })));

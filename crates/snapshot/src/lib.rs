@@ -46,7 +46,7 @@ pub use map::{Extent, GenerationRef, PageCounts, PageMap, Source};
 pub use memory::{Content, Delta, Memory, PageReader};
 pub use page::{Base, BaseBytes, MAX_PAGES, PAGE, PageRange, is_zero, pages_of};
 pub use store::{
-    Collected, Deletion, DiskFile, Draft, DraftMemory, Faults, Import, MergePolicy, NoFaults,
-    References, Report, Snapshot, Step, Store,
+    Collected, Deletion, DiskFile, Draft, DraftMemory, Faults, Import, LayerMerger, MergePolicy,
+    NoFaults, References, Report, Snapshot, Step, Store,
 };
 pub use writer::WriteCounts;

@@ -198,7 +198,7 @@ fn g18_collecting_beside_saves_merges_and_deletions_loses_nothing() {
                             max_generations: 3,
                             ..MergePolicy::default()
                         };
-                        let merged = store.merge(made.id(), policy, &mut |_| true).unwrap();
+                        let merged = store.merge(made.id(), policy, None, &mut |_| true).unwrap();
                         parent = Some(match merged {
                             Some(merged) => {
                                 store.delete(made.id(), Deletion::Defer).unwrap();
@@ -241,7 +241,9 @@ fn g19_the_files_of_a_snapshot_are_never_changed() {
         min_live_percent: 101,
         ..MergePolicy::default()
     };
-    store.merge(second.id(), policy, &mut |_| true).unwrap();
+    store
+        .merge(second.id(), policy, None, &mut |_| true)
+        .unwrap();
     store.pin(first.id(), "x").unwrap();
     let after = files(store.root());
     for (name, content) in &before {
@@ -256,6 +258,45 @@ fn g19_the_files_of_a_snapshot_are_never_changed() {
 }
 
 #[test]
+fn g17_layers_of_a_disk_are_merged_and_say_the_same() {
+    let (folder, store) = store();
+    let mut parent: Option<Snapshot> = None;
+    for number in 0..4u64 {
+        let layer = folder.path().join("layer");
+        // The lowest is large, so it is left alone.
+        let text = format!("layer {number};").repeat(if number == 0 { 100 } else { 1 });
+        std::fs::write(&layer, text).unwrap();
+        let writes = one(number, number);
+        let before = parent.as_ref();
+        let saved = save(&store, before, None, &writes, Some(&layer), number, NONE);
+        parent = Some(saved.unwrap().0);
+    }
+    let last = parent.unwrap();
+    let policy = MergePolicy {
+        max_layers: 2,
+        ..MergePolicy::default()
+    };
+    assert!(store.wants_merge(&last, policy));
+    let text_of = |layer: &DiskFile| std::fs::read_to_string(&layer.path).unwrap();
+    let before: Vec<_> = last.disk_layers().unwrap().iter().map(text_of).collect();
+    let given_up = store.merge(last.id(), policy, Some(&join), &mut |_| false);
+    assert!(matches!(given_up, Err(SnapshotError::Cancelled)));
+    let merged = store.merge(last.id(), policy, Some(&join), &mut |_| true);
+    let merged = merged.unwrap().unwrap();
+    let after: Vec<_> = merged.disk_layers().unwrap().iter().map(text_of).collect();
+    assert_eq!(after, [before[0].clone(), before[1..].concat()]);
+    assert_eq!(
+        content(&merged, None).unwrap(),
+        content(&last, None).unwrap()
+    );
+    assert!(!store.wants_merge(&merged, policy));
+    store.delete(last.id(), Deletion::Refuse).unwrap();
+    store.collect().unwrap();
+    assert!(store.fsck().unwrap().damage.is_empty());
+    store.snapshot(merged.id()).unwrap().disk_layers().unwrap();
+}
+
+#[test]
 fn a_merge_can_be_given_up_and_leaves_nothing() {
     let (_folder, store) = store();
     let (first, _) = save(&store, None, None, &one(1, 1), None, 1, NONE).unwrap();
@@ -265,7 +306,7 @@ fn a_merge_can_be_given_up_and_leaves_nothing() {
         max_generations: 1,
         ..MergePolicy::default()
     };
-    let result = store.merge(second.id(), policy, &mut |_| false);
+    let result = store.merge(second.id(), policy, None, &mut |_| false);
     assert!(matches!(result, Err(SnapshotError::Cancelled)));
     assert_eq!(files(store.root()), before);
     let good = MergePolicy {
@@ -274,7 +315,7 @@ fn a_merge_can_be_given_up_and_leaves_nothing() {
     };
     assert!(
         store
-            .merge(second.id(), good, &mut |_| true)
+            .merge(second.id(), good, None, &mut |_| true)
             .unwrap()
             .is_none()
     );

@@ -219,9 +219,10 @@ impl Scene {
             Work::Merge => {
                 let policy = MergePolicy {
                     max_generations: 1,
+                    max_layers: 1,
                     ..MergePolicy::default()
                 };
-                let merged = store.merge(last, policy, &mut |_| true)?;
+                let merged = store.merge(last, policy, Some(&join), &mut |_| true)?;
                 Ok(merged.map(|merged| merged.id()))
             }
             Work::Delete => store.delete(last, Deletion::Refuse).map(|()| None),

@@ -141,10 +141,11 @@ fn run(acts: Vec<Act>, with_base: bool) -> Result<()> {
                 let policy = MergePolicy {
                     max_generations,
                     min_live_percent: 50,
+                    max_layers: 8,
                     compression: compression(zstd),
                 };
                 let (id, memory) = saved[which].clone();
-                if let Some(merged) = store.merge(id, policy, &mut |_| true)? {
+                if let Some(merged) = store.merge(id, policy, None, &mut |_| true)? {
                     let map = merged.memory().unwrap().map();
                     assert!(map.generations().len() <= max_generations.max(1));
                     let old = store.snapshot(id)?;

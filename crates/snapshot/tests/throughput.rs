@@ -160,7 +160,7 @@ fn bulk(store: &Store, base: &dyn Base) {
     };
     let mut ended = None;
     let began = Instant::now();
-    let merged = store.merge(last.id(), policy, &mut |_| {
+    let merged = store.merge(last.id(), policy, None, &mut |_| {
         ended = Some(began.elapsed());
         true
     });

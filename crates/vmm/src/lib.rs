@@ -63,6 +63,6 @@ pub use machine::{
     MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState, ServedSpec, Vmm,
 };
 pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
-pub use qcow2::{OverlayError, create_overlay};
+pub use qcow2::{OverlayError, create_overlay, merge_layers};
 pub use qemu::{QemuConfig, QemuVmm, state_file};
 pub use record::post_mortem;

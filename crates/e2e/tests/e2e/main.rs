@@ -75,6 +75,7 @@ fn shared() -> Vec<(&'static str, Shared)> {
         snapshots: g12_g13_a_working_guest_goes_on_through_pauses,
             g23_forks_share_their_past_and_nothing_else, a_sandbox_goes_back_to_its_checkpoint,
             a_snapshot_is_a_template_and_outlives_its_sandbox, a_disk_alone_is_kept_and_booted,
+            g17_long_chains_are_merged_and_nothing_changes,
             g09_time_pauses_where_asked_and_traffic_wakes;
         freeze: g26_a_pause_in_the_middle_of_everything, a_checkpoint_in_the_middle_breaks_nothing;
         e2b: the_published_python_client_works, the_published_node_client_works;

@@ -242,6 +242,53 @@ pub(crate) async fn a_snapshot_is_a_template_and_outlives_its_sandbox(server: &S
     }
 }
 
+/// How many generations of memory and layers of disk are behind what a sandbox is paused as.
+fn chain_behind(data_dir: &Path, id: &str) -> (usize, usize) {
+    let read = |path: String| std::fs::read_to_string(data_dir.join(path)).expect("is there");
+    let paused: Value = serde_json::from_str(&read(format!("paused/{id}.json"))).expect("JSON");
+    let snapshot = paused["snapshot"].as_str().expect("a snapshot");
+    let manifest = read(format!("snapshots/snapshots/{snapshot}/manifest"));
+    let (_, json) = manifest.split_once('\n').expect("a first line");
+    let manifest: Value = serde_json::from_str(json).expect("JSON");
+    let count = |list: &Value| list.as_array().expect("a list").len();
+    let memory = &manifest["machine"]["memory"];
+    (count(&memory["generations"]), count(&manifest["disk"]))
+}
+
+pub(crate) async fn g17_long_chains_are_merged_and_nothing_changes(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    start_workload(&api, &id).await;
+    for n in 1..=14 {
+        api.shell(
+            &id,
+            &format!("echo {n} >> /home/user/all; echo {n} > /home/user/{n}; sync"),
+        )
+        .await;
+        let name = format!("point-{n}");
+        verb(&api, &id, "checkpoints", &json!({ "name": name })).await;
+    }
+    verb(&api, &id, "pause", &json!({})).await;
+    let short = || async {
+        let (generations, layers) = chain_behind(server.data_dir(), &id);
+        (generations <= 8 && layers <= 8).then_some(())
+    };
+    eventually("the chain is merged", Duration::from_secs(30), short).await;
+    verb(&api, &id, "resume", &json!({})).await;
+    let all: String = (1..=14).map(|n| format!("{n}\n")).collect();
+    assert_eq!(api.shell(&id, "cat /home/user/all").await, all);
+    let each = "cd /home/user; for n in $(seq 14); do cat $n; done";
+    assert_eq!(api.shell(&id, each).await, all);
+    let done = rounds(&api, &id, 3).await;
+    rounds(&api, &id, done + 3).await;
+    // Checkpoints are what they were.
+    verb(&api, &id, "rollback", &json!({"checkpoint": "point-2"})).await;
+    assert_eq!(api.shell(&id, "cat /home/user/all").await, "1\n2\n");
+    let done = rounds(&api, &id, 1).await;
+    rounds(&api, &id, done + 3).await;
+    api.destroy(&id).await;
+}
+
 /// A disk without its memory: what was written is there, what ran is not, and the machine that
 /// was booted is as good as any.
 pub(crate) async fn a_disk_alone_is_kept_and_booted(server: &Server) {

@@ -4,6 +4,7 @@ mod death;
 mod handle;
 mod journal;
 mod manager;
+mod merging;
 mod network;
 mod owner;
 mod paused;

@@ -25,6 +25,7 @@ use super::handle::{
     View, set_live,
 };
 use super::journal::Journal;
+use super::merging::Merging;
 use super::paused::Paused;
 use super::{CreateSandbox, NetworkRules, SandboxError};
 use crate::activity::Activity;
@@ -57,6 +58,8 @@ pub struct Common {
     pub snapshots: Arc<Snapshots>,
     /// How many may be restored at the same time: more would only slow each other down.
     pub restores: tokio::sync::Semaphore,
+    /// How many chains of saves may be merged at the same time.
+    pub merges: tokio::sync::Semaphore,
     /// Where what happens is written down.
     pub events: Arc<EventLog>,
 }
@@ -254,6 +257,7 @@ impl Owner {
     async fn own_live(&mut self, machine: LiveMachine, mut journal: Journal) -> Next {
         let mut exited = machine.vm.exited();
         let mut pause_again: Option<SystemTime> = None;
+        let mut merging = Merging::of(&self.common, self.id, journal.line.parent);
         loop {
             let deadline = journal.lifetime.deadline(self.activity.last());
             let deadline = deadline.map(|at| pause_again.map_or(at, |again| at.max(again)));
@@ -281,6 +285,7 @@ impl Owner {
                         let saved = self.save(&machine, &mut journal, order).await;
                         if saved.is_ok() {
                             self.happened(Kind::Saved, Actor::Request, None);
+                            merging = Merging::of(&self.common, self.id, journal.line.parent);
                         }
                         let _ = answer.send(saved);
                     }
@@ -316,6 +321,9 @@ impl Owner {
                     // All handles are gone: the agent is ending and leaves the VM running.
                     None => return Next::Break(()),
                 },
+                merged = merging.done() => {
+                    self.take_merged(merged, &machine, &mut journal).await;
+                }
                 how = death(&mut exited) => {
                     let group = name_of(&machine.folder);
                     let killed = self.common.site.cgroups.oom_kills(&group);
@@ -360,8 +368,17 @@ impl Owner {
     }
 
     async fn own_paused(&mut self, mut paused: Paused) -> Next {
+        let mut merging = Merging::of(&self.common, self.id, Some(paused.snapshot));
         loop {
-            match self.requests.recv().await {
+            let request = tokio::select! {
+                request = self.requests.recv() => request,
+                merged = merging.done() => {
+                    self.take_merged_paused(merged, &mut paused).await;
+                    self.show_paused(&paused);
+                    continue;
+                }
+            };
+            match request {
                 Some(Request::SetLifetime(_, answer)) => {
                     drop(answer.send(Err(SandboxError::NotRunning {
                         id: self.id,

@@ -68,6 +68,11 @@ impl Disk {
             .map_err(SnapshotError::io("create", path))
     }
 
+    /// Somebody else is about to make a file and write to it.
+    pub(super) fn will_create(&self, path: &Path) -> Result<()> {
+        self.ask("create", path, Step::Create(path))
+    }
+
     /// A new file that nobody else can write to, ever: only this descriptor can.
     pub(super) fn create(&self, path: &Path) -> Result<File> {
         self.ask("create", path, Step::Create(path))?;

@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering;
 use rustix::fs::FlockOperation;
 
 use super::{
-    DEVICE_STATE, INDEX, MANIFEST, OBJECTS, SNAPSHOTS, STAGING, Snapshot, Store, read_pieces,
+    DEVICE_STATE, DiskFile, INDEX, LayerMerger, MANIFEST, OBJECTS, SNAPSHOTS, STAGING, Snapshot,
+    Store, read_pieces,
 };
 use crate::generation::{Compression, Finished, Sink};
 use crate::manifest::{
@@ -302,6 +303,26 @@ impl Draft {
             format: format.to_owned(),
         });
         Ok(())
+    }
+
+    /// Lays on top of the disk what these layers of one format, the lowest first, say together.
+    pub(super) fn merged_layer(
+        &mut self,
+        layers: &[DiskFile],
+        merge: &LayerMerger<'_>,
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<()> {
+        let Some(lowest) = layers.first() else {
+            return Ok(());
+        };
+        let merged = self.folder.join("merged");
+        let files: Vec<&File> = layers.iter().map(|layer| &layer.file).collect();
+        self.store.disk().will_create(&merged)?;
+        merge(&files, &merged, go_on).map_err(|error| match error.kind() {
+            std::io::ErrorKind::Interrupted => SnapshotError::Cancelled,
+            _ => SnapshotError::io("merge layers into", &merged)(error),
+        })?;
+        self.disk_layer(&merged, &lowest.layer.format, Import::Link)
     }
 
     /// Lays a layer of a parent on top of the disk.

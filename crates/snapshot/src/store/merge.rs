@@ -1,12 +1,16 @@
-//! Merging generations: the same memory in fewer files, without what newer ones have
-//! overwritten.
+//! Merging generations and layers: the same memory and disk in fewer files, without what newer
+//! ones have overwritten.
 
-use super::{Snapshot, Store};
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use super::{Draft, Snapshot, Store};
 use crate::generation::{Compression, GenerationWriter, Scratch};
 use crate::map::{Extent, Extents, PageMap, Source};
 use crate::memory::BATCH_PAGES;
 use crate::page::{PAGE, PageRange};
-use crate::{Memory, Result, SnapshotError, SnapshotId};
+use crate::{DiskLayer, Memory, Result, SnapshotError, SnapshotId};
 
 /// When generations are merged, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +20,10 @@ pub struct MergePolicy {
     pub max_generations: usize,
     /// A generation of which less than this part is still used, in percent, is always merged.
     pub min_live_percent: u64,
+    /// More layers of a disk than this are merged down to it or less: the highest, and what is
+    /// below them as long as it is no larger than what is merged anyway, so that a large old one
+    /// is not written again and again.
+    pub max_layers: usize,
     /// How the new generation is stored.
     pub compression: Compression,
 }
@@ -25,6 +33,7 @@ impl Default for MergePolicy {
         MergePolicy {
             max_generations: 8,
             min_live_percent: 50,
+            max_layers: 8,
             compression: Compression::None,
         }
     }
@@ -50,63 +59,120 @@ impl MergePolicy {
         }
         chosen
     }
+
+    /// From which layer on to merge; `None` if they are good as they are.
+    fn choose_layers(&self, layers: &[DiskLayer]) -> Option<usize> {
+        let keep = self.max_layers.max(1);
+        if layers.len() <= keep {
+            return None;
+        }
+        // One more than there are too many: the merged one counts too.
+        let mut from = keep - 1;
+        let mut bytes: u64 = layers[from..].iter().map(|layer| layer.bytes).sum();
+        while let Some(below) = from.checked_sub(1).filter(|at| layers[*at].bytes <= bytes) {
+            bytes += layers[below].bytes;
+            from = below;
+        }
+        // Files of different formats are not merged, and one alone needs not be.
+        let same = |at: &usize| {
+            layers[*at..]
+                .iter()
+                .all(|it| it.format == layers[*at].format)
+        };
+        (from..layers.len() - 1).find(same)
+    }
 }
 
+/// Writes what several layers of a disk, the lowest first, say together into one new file. It is
+/// asked of a function, since only that knows the layers' format. The last argument is `go_on` of
+/// [`Store::merge`]; what it says no to ends with an error of the kind `Interrupted`.
+pub type LayerMerger<'a> =
+    dyn Fn(&[&File], &Path, &mut dyn FnMut(u64) -> bool) -> io::Result<()> + 'a;
+
 impl Store {
-    /// Merges generations of a snapshot as `policy` says: a new snapshot with the same
-    /// content, whose `merged_from` is `id`, for the caller to use instead; the old one stays
-    /// until it is deleted. `None` if there is nothing to merge. `go_on` is asked after each
-    /// MiB, with the bytes written so far: to be throttled it may sleep, if it says no the
-    /// merge is given up. Blocking.
+    /// Merges generations of a snapshot, and with `layers` the layers of its disk, as `policy`
+    /// says: a new snapshot with the same content, whose `merged_from` is `id`, for the caller to
+    /// use instead; the old one stays until it is deleted. `None` if there is nothing to merge.
+    /// `go_on` is asked after each MiB, or less, of either, with the bytes of it written so far:
+    /// to be throttled it may sleep, if it says no the merge is given up. Blocking.
     pub fn merge(
         &self,
         id: SnapshotId,
         policy: MergePolicy,
+        layers: Option<&LayerMerger<'_>>,
         go_on: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Option<Snapshot>> {
         let source = self.snapshot(id)?;
-        let Some(memory) = source.memory() else {
-            return Ok(None);
-        };
-        let chosen = policy.choose(memory.map());
-        if !chosen.contains(&true) {
+        let memory = source.memory().map(|memory| policy.choose(memory.map()));
+        let memory = memory.filter(|chosen| chosen.contains(&true));
+        let disk = &source.manifest().disk;
+        let layers = layers.zip(policy.choose_layers(disk));
+        if memory.is_none() && layers.is_none() {
             return Ok(None);
         }
         let mut draft = self.merge_draft(&source)?;
-        let mut sink = draft.generation_sink();
-        let mut writer = GenerationWriter::new(policy.compression)?;
-        let mut changes = Extents::default();
-        for_live_batches(memory, &chosen, |range, bytes| {
-            changes.push(Extent {
-                range,
-                source: Source::Data {
-                    // As in a write: the new one is behind all there are, and no generation
-                    // has more pages than the memory.
-                    generation: chosen.len() as u32,
-                    page: writer.pages() as u32,
-                },
-            });
-            writer.push(bytes, &mut sink)?;
-            match go_on(writer.pages() * PAGE as u64) {
-                true => Ok(()),
-                false => Err(SnapshotError::Cancelled),
+        if let Some(old) = source.memory() {
+            merge_memory(&mut draft, old, memory.as_deref(), policy, go_on)?;
+            draft.device_state(source.device_state())?;
+            for (name, content) in source.parts() {
+                draft.part(name.clone(), content)?;
             }
-        })?;
-        let finished = writer.finish(&mut sink)?;
-        let added = finished.map(|finished| finished.generation);
-        let map = memory.map().overlaid(&changes.0, added);
-        draft.set_memory(&map, finished, sink)?;
-        draft.device_state(source.device_state())?;
-        for (name, content) in source.parts() {
-            draft.part(name.clone(), content)?;
         }
-        for layer in &source.manifest().disk {
+        let kept = layers.map_or(disk.len(), |(_, from)| from);
+        for layer in &disk[..kept] {
             draft.inherited_layer(layer);
+        }
+        if let Some((merge, from)) = layers {
+            let files = source.disk_layers_from(from)?;
+            draft.merged_layer(&files, merge, go_on)?;
         }
         draft
             .commit(source.manifest().description.clone())
             .map(Some)
     }
+
+    /// Whether [`Store::merge`] would find something to do.
+    pub fn wants_merge(&self, snapshot: &Snapshot, policy: MergePolicy) -> bool {
+        let memory = snapshot.memory().map(|memory| policy.choose(memory.map()));
+        let layers = policy.choose_layers(&snapshot.manifest().disk);
+        memory.is_some_and(|chosen| chosen.contains(&true)) || layers.is_some()
+    }
+}
+
+/// The memory of `old` with the `chosen` generations as one; with none, as it is.
+fn merge_memory(
+    draft: &mut Draft,
+    old: &Memory,
+    chosen: Option<&[bool]>,
+    policy: MergePolicy,
+    go_on: &mut dyn FnMut(u64) -> bool,
+) -> Result<()> {
+    let mut sink = draft.generation_sink();
+    let Some(chosen) = chosen else {
+        return draft.set_memory(old.map(), None, sink);
+    };
+    let mut writer = GenerationWriter::new(policy.compression)?;
+    let mut changes = Extents::default();
+    for_live_batches(old, chosen, |range, bytes| {
+        changes.push(Extent {
+            range,
+            source: Source::Data {
+                // As in a write: the new one is behind all there are, and no generation
+                // has more pages than the memory.
+                generation: chosen.len() as u32,
+                page: writer.pages() as u32,
+            },
+        });
+        writer.push(bytes, &mut sink)?;
+        match go_on(writer.pages() * PAGE as u64) {
+            true => Ok(()),
+            false => Err(SnapshotError::Cancelled),
+        }
+    })?;
+    let finished = writer.finish(&mut sink)?;
+    let added = finished.map(|finished| finished.generation);
+    let map = old.map().overlaid(&changes.0, added);
+    draft.set_memory(&map, finished, sink)
 }
 
 /// Reads, in the order of the guest's pages, what is still used of the `chosen` generations.
@@ -141,4 +207,50 @@ fn for_live_batches(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ObjectId;
+
+    fn chosen(max_layers: usize, sizes: &[u64]) -> Option<usize> {
+        let layers: Vec<_> = sizes
+            .iter()
+            .map(|bytes| DiskLayer {
+                id: ObjectId([0; 32]),
+                bytes: *bytes,
+                format: "qcow2".into(),
+            })
+            .collect();
+        let policy = MergePolicy {
+            max_layers,
+            ..MergePolicy::default()
+        };
+        policy.choose_layers(&layers)
+    }
+
+    #[test]
+    fn large_old_layers_are_left_alone() {
+        assert_eq!(chosen(3, &[1, 1, 1]), None);
+        assert_eq!(chosen(3, &[9, 5, 1, 1]), Some(2));
+        assert_eq!(chosen(3, &[9, 2, 1, 1]), Some(1));
+        assert_eq!(chosen(3, &[4, 2, 1, 1]), Some(0));
+        assert_eq!(chosen(1, &[1, 1]), Some(0));
+    }
+
+    #[test]
+    fn a_byte_is_merged_a_few_times_however_long_the_chain_gets() {
+        let (mut sizes, mut written) = (Vec::new(), 0);
+        for _ in 0..1000 {
+            sizes.push(1);
+            if let Some(from) = chosen(8, &sizes) {
+                let merged: u64 = sizes.drain(from..).sum();
+                written += merged;
+                sizes.push(merged);
+            }
+            assert!(sizes.len() <= 8);
+        }
+        assert!(written < 12_000, "{written}");
+    }
 }

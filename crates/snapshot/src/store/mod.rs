@@ -36,7 +36,7 @@ pub use collect::{Collected, Deletion, References};
 pub use disk::{Faults, NoFaults, Step};
 pub use draft::{Draft, DraftMemory, Import};
 pub use fsck::Report;
-pub use merge::MergePolicy;
+pub use merge::{LayerMerger, MergePolicy};
 pub use open::{DiskFile, Snapshot};
 
 use crate::generation::Verified;

@@ -258,7 +258,12 @@ impl Snapshot {
     /// The layers of the disk, the lowest first, each verified. Reads those that were not
     /// verified before as a whole. Blocking.
     pub fn disk_layers(&self) -> Result<Vec<DiskFile>> {
-        let layers = self.manifest.disk.iter();
+        self.disk_layers_from(0)
+    }
+
+    /// The same without so many of the lowest.
+    pub(super) fn disk_layers_from(&self, first: usize) -> Result<Vec<DiskFile>> {
+        let layers = self.manifest.disk.iter().skip(first);
         layers.map(|layer| self.store.open_layer(layer)).collect()
     }
 }

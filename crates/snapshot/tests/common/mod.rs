@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use wrenn_snapshot::*;
@@ -93,6 +95,22 @@ pub fn save(
         draft.disk_layer(layer, "qcow2", Import::Copy)?;
     }
     Ok((draft.commit(description(created))?, counts))
+}
+
+/// A way to merge layers that are text: one after the other.
+pub fn join(
+    layers: &[&File],
+    into: &Path,
+    go_on: &mut dyn FnMut(u64) -> bool,
+) -> std::io::Result<()> {
+    let mut joined = Vec::new();
+    for mut layer in layers.iter().copied() {
+        layer.read_to_end(&mut joined)?;
+        if !go_on(joined.len() as u64) {
+            return Err(std::io::ErrorKind::Interrupted.into());
+        }
+    }
+    std::fs::write(into, joined)
 }
 
 /// The whole content of a snapshot's memory.

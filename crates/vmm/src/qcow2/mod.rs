@@ -1,4 +1,4 @@
-//! Empty copy-on-write layers for a machine's disk.
+//! Copy-on-write layers for a machine's disk: empty ones, and several merged into one.
 //!
 //! A clone needs a fresh layer within the time of a create, and `qemu-img` takes longer than
 //! the rest of it. An empty qcow2 file is four clusters: header, refcount table, one refcount
@@ -6,6 +6,10 @@
 //!
 //! The file names no backing file, so that no path is baked in; the driver joins the layers
 //! by reference.
+
+mod merge;
+
+pub use merge::merge_layers;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -63,7 +67,7 @@ pub fn create_overlay(path: &Path, virtual_bytes: u64) -> Result<(), OverlayErro
         .map_err(failed)?;
     let written = file
         .set_len(layout.clusters * CLUSTER)
-        .and_then(|()| file.write_all_at(&layout.header(virtual_bytes), 0))
+        .and_then(|()| file.write_all_at(&header(virtual_bytes, layout.l1_entries, 3 * CLUSTER), 0))
         .and_then(|()| file.write_all_at(&(2 * CLUSTER).to_be_bytes(), CLUSTER))
         .and_then(|()| file.write_all_at(&layout.refcounts(), 2 * CLUSTER));
     written.map_err(|source| {
@@ -85,6 +89,30 @@ pub(crate) fn virtual_bytes(file: &File) -> io::Result<Option<u64>> {
     Ok(size.filter(|_| header.starts_with(b"QFI\xfb")))
 }
 
+/// The version 3 header, 104 bytes, and the end of the header extensions. The refcount table is
+/// the second cluster.
+fn header(virtual_bytes: u64, l1_entries: u32, l1_at: u64) -> Vec<u8> {
+    let mut header = Vec::with_capacity(112);
+    header.extend_from_slice(b"QFI\xfb");
+    header.extend_from_slice(&3u32.to_be_bytes()); // version
+    header.extend_from_slice(&0u64.to_be_bytes()); // backing file: none
+    header.extend_from_slice(&0u32.to_be_bytes()); // length of its name
+    header.extend_from_slice(&CLUSTER_BITS.to_be_bytes());
+    header.extend_from_slice(&virtual_bytes.to_be_bytes());
+    header.extend_from_slice(&0u32.to_be_bytes()); // encryption: none
+    header.extend_from_slice(&l1_entries.to_be_bytes());
+    header.extend_from_slice(&l1_at.to_be_bytes());
+    header.extend_from_slice(&CLUSTER.to_be_bytes()); // refcount table
+    header.extend_from_slice(&1u32.to_be_bytes()); // its clusters
+    header.extend_from_slice(&0u32.to_be_bytes()); // internal snapshots
+    header.extend_from_slice(&0u64.to_be_bytes());
+    header.extend_from_slice(&[0; 24]); // incompatible, compatible, autoclear features
+    header.extend_from_slice(&4u32.to_be_bytes()); // refcounts of 2⁴ bits
+    header.extend_from_slice(&104u32.to_be_bytes()); // header length
+    header.extend_from_slice(&[0; 8]); // no extension follows
+    header
+}
+
 /// Clusters: 0 header, 1 refcount table, 2 refcount block, 3… L1 table.
 struct Layout {
     l1_entries: u32,
@@ -101,29 +129,6 @@ impl Layout {
             l1_entries,
             clusters,
         }
-    }
-
-    /// The version 3 header, 104 bytes, and the end of the header extensions.
-    fn header(&self, virtual_bytes: u64) -> Vec<u8> {
-        let mut header = Vec::with_capacity(112);
-        header.extend_from_slice(b"QFI\xfb");
-        header.extend_from_slice(&3u32.to_be_bytes()); // version
-        header.extend_from_slice(&0u64.to_be_bytes()); // backing file: none
-        header.extend_from_slice(&0u32.to_be_bytes()); // length of its name
-        header.extend_from_slice(&CLUSTER_BITS.to_be_bytes());
-        header.extend_from_slice(&virtual_bytes.to_be_bytes());
-        header.extend_from_slice(&0u32.to_be_bytes()); // encryption: none
-        header.extend_from_slice(&self.l1_entries.to_be_bytes());
-        header.extend_from_slice(&(3 * CLUSTER).to_be_bytes()); // L1 table
-        header.extend_from_slice(&CLUSTER.to_be_bytes()); // refcount table
-        header.extend_from_slice(&1u32.to_be_bytes()); // its clusters
-        header.extend_from_slice(&0u32.to_be_bytes()); // internal snapshots
-        header.extend_from_slice(&0u64.to_be_bytes());
-        header.extend_from_slice(&[0; 24]); // incompatible, compatible, autoclear features
-        header.extend_from_slice(&4u32.to_be_bytes()); // refcounts of 2⁴ bits
-        header.extend_from_slice(&104u32.to_be_bytes()); // header length
-        header.extend_from_slice(&[0; 8]); // no extension follows
-        header
     }
 
     fn refcounts(&self) -> Vec<u8> {
