@@ -22,7 +22,7 @@ use crate::cgroups::Cgroups;
 use crate::config::HostConfig;
 use crate::events::EventLog;
 use crate::guest::chain;
-use crate::machine::{MachineError, Site, generation_in, machine_folders, name_of};
+use crate::machine::{MachineError, Site, machine_folders, name_of, record_in};
 use crate::metrics;
 use crate::pool::Pool;
 use crate::rpc::HostRpc;
@@ -181,6 +181,7 @@ async fn adopt_all(
     snapshots: &Snapshots,
 ) -> Result<HashSet<u32>, AgentError> {
     let dir = config.paused_dir();
+    let left = snapshots.inventory().await?;
     let mut needed = HashSet::new();
     // What cannot be read may need any snapshot.
     let mut all_read = true;
@@ -202,16 +203,10 @@ async fn adopt_all(
     }
     let mut in_use = HashSet::new();
     for folder in newest_first(machine_folders(&config.machines_dir())?) {
-        let journal = Journal::read(&folder);
-        all_read &= journal.is_ok();
-        let journal = journal.ok().flatten();
         match manager.adopt(folder.clone()).await {
-            Ok(slot) => {
-                if let (Some(_), Some(journal)) = (slot, journal) {
-                    let owner = journal.sandbox.to_string();
-                    needed.extend(journal.line.parent.map(|parent| (parent, owner)));
-                }
-                in_use.extend(slot);
+            Ok(adopted) => {
+                needed.extend(adopted.pin);
+                in_use.extend(adopted.slot);
             }
             // One that cannot be read must not keep the others from running on.
             Err(error) => {
@@ -221,7 +216,7 @@ async fn adopt_all(
         }
     }
     if all_read {
-        match snapshots.sweep(needed).await {
+        match snapshots.sweep(left, needed).await {
             Ok(0) => {}
             Ok(swept) => tracing::info!(swept, "snapshots that nobody needs are deleted"),
             // One that is damaged must not keep the agent from starting.
@@ -251,7 +246,7 @@ pub(crate) async fn sweep_cgroups(site: &Site) -> Result<(), MachineError> {
 fn newest_first(folders: Vec<PathBuf>) -> Vec<PathBuf> {
     let mut folders: Vec<_> = folders
         .into_iter()
-        .map(|folder| (generation_in(&folder), folder))
+        .map(|folder| (record_in(&folder).map(|record| record.generation), folder))
         .collect();
     folders.sort_by(|a, b| b.cmp(a));
     folders.into_iter().map(|(_, folder)| folder).collect()

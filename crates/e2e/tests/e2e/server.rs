@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 use wrenn_e2e::{Api, Cli, HostState, Server, eventually};
 
@@ -158,10 +158,66 @@ pub(crate) async fn g02_sigkill_loses_no_sandbox(data_dir: &Path) {
     HostState::read(data_dir, None).expect_nothing_alive();
 }
 
-fn monitor_of(folder: &Path) -> Pid {
+fn process_of(folder: &Path, program: &str) -> Pid {
     let journal = fs::read(folder.join("vm/machine.json")).expect("the machine's journal");
     let journal: Value = serde_json::from_slice(&journal).expect("JSON");
-    vm_pid(&journal).unwrap_or_else(|| panic!("no pid of QEMU in {journal}"))
+    find_pid(&journal, program).unwrap_or_else(|| panic!("no pid of {program} in {journal}"))
+}
+
+fn monitor_of(folder: &Path) -> Pid {
+    process_of(folder, "qemu")
+}
+
+/// As after a power loss: the server, the machine and its keeper are gone, the disk is there.
+pub(crate) async fn a_machine_that_was_lost_with_its_host_boots_from_its_disk(data_dir: &Path) {
+    let mut server = Server::start(data_dir).await;
+    let api = server.api();
+    let [lost, paused] = [api.create(&json!({})).await, api.create(&json!({})).await];
+    api.shell(&paused, "echo paused > /tmp/file").await;
+    let pause = format!("/v1/sandboxes/{paused}/pause");
+    api.post(&pause, &json!({})).await.expect(200);
+    let point = json!({"name": "before"});
+    api.post(&format!("/v1/sandboxes/{lost}/checkpoints"), &point)
+        .await
+        .expect(201);
+    api.shell(&lost, "echo written > /home/user/file; sync")
+        .await;
+    let folder = server.machine_folder(&lost).expect("a machine's folder");
+    let (keeper, monitor) = (process_of(&folder, "wrenn"), monitor_of(&folder));
+    server.signal(Signal::KILL);
+    server.wait().await;
+    kill_process(keeper, Signal::KILL).expect("the keeper is there");
+    let gone = || async { test_kill_process(monitor).is_err().then_some(()) };
+    eventually("QEMU ends with it", Duration::from_secs(10), gone).await;
+
+    server = Server::start(data_dir).await;
+    let api = server.api();
+    let path = format!("/v1/sandboxes/{lost}");
+    let seen = eventually("it is told", Duration::from_secs(10), || async {
+        let seen = api.get(&path).await.json();
+        (seen["status"] == "paused").then_some(seen)
+    })
+    .await;
+    let reason = seen["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("boots when it is resumed"), "{seen}");
+    assert!(!folder.exists(), "its machine's folder stays");
+    let resumed = api.post(&format!("{path}/resume"), &json!({})).await;
+    let resumed = resumed.expect(200).json();
+    assert_eq!(resumed["restore_certificate"]["booted"], true, "{resumed}");
+    assert_eq!(api.shell(&lost, "cat /home/user/file").await, "written\n");
+    // What was paused is as it was.
+    let resume = format!("/v1/sandboxes/{paused}/resume");
+    let resumed = api.post(&resume, &json!({})).await.expect(200).json();
+    assert_eq!(resumed["restore_certificate"]["booted"], false, "{resumed}");
+    assert_eq!(api.shell(&paused, "cat /tmp/file").await, "paused\n");
+    // And the way back is open.
+    let back = json!({"checkpoint": "before"});
+    api.post(&format!("{path}/rollback"), &back)
+        .await
+        .expect(200);
+    assert_eq!(api.shell(&lost, "ls /home/user").await, "");
+    server.destroy().await;
+    HostState::read(data_dir, None).expect_nothing_alive();
 }
 
 /// What is written to a guest's console.
@@ -261,18 +317,19 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed_and_explained(data_dir: &
 }
 
 /// The pid of the process that is QEMU among all numbers of the journal.
-fn vm_pid(journal: &Value) -> Option<Pid> {
+fn find_pid(journal: &Value, program: &str) -> Option<Pid> {
+    let find = |inner| find_pid(inner, program);
     match journal {
         Value::Number(number) => {
             let pid = i32::try_from(number.as_u64()?).ok()?;
             let exe = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
             exe.file_name()?
                 .to_str()?
-                .starts_with("qemu")
+                .starts_with(program)
                 .then(|| Pid::from_raw(pid))?
         }
-        Value::Object(fields) => fields.values().find_map(vm_pid),
-        Value::Array(items) => items.iter().find_map(vm_pid),
+        Value::Object(fields) => fields.values().find_map(find),
+        Value::Array(items) => items.iter().find_map(find),
         Value::Null | Value::Bool(_) | Value::String(_) => None,
     }
 }

@@ -113,10 +113,10 @@ pub struct Record {
 const RECORD: &str = "record.json";
 const RECORD_VERSION: u32 = 1;
 
-/// How often the machine in this folder was restored; `None` when that cannot be read.
-pub fn generation_in(folder: &Path) -> Option<u64> {
+/// What is written about the machine in this folder; `None` when that cannot be read.
+pub fn record_in(folder: &Path) -> Option<Record> {
     let record: Option<Record> = read_json(folder, RECORD).ok().flatten();
-    record.map(|record| record.generation)
+    record.filter(|record| record.version == RECORD_VERSION)
 }
 
 impl Record {

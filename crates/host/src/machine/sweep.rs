@@ -140,7 +140,8 @@ async fn end_paused(config: &HostConfig, rehearse: bool) -> Result<Vec<String>, 
         let dir = config.snapshots_dir();
         let snapshots = blocking(move || Snapshots::open(&dir)).await;
         let snapshots = snapshots.map_err(MachineError::from)?;
-        let swept = snapshots.sweep(HashSet::new()).await;
+        let left = snapshots.inventory().await.map_err(MachineError::from)?;
+        let swept = snapshots.sweep(left, HashSet::new()).await;
         swept.map_err(MachineError::from)?;
         snapshots.collect().await.map_err(MachineError::from)?;
     }

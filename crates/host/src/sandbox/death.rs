@@ -16,6 +16,9 @@ const CONSOLE: usize = 4096;
 /// What of it goes into the reason, which is one line for people.
 const LAST_WORDS: usize = 1024;
 
+/// The cause of an end of which nothing is known.
+pub const UNSEEN: &str = "unseen";
+
 /// Why a sandbox is over.
 #[derive(Debug, Clone)]
 pub struct End {
@@ -82,7 +85,7 @@ impl End {
             // The machine is watched by whoever kills it on purpose: this was somebody else.
             Some(ExitCause::Signal(9)) => ("killed", Actor::Host),
             Some(ExitCause::Signal(_)) => ("monitor_failed", Actor::Host),
-            Some(ExitCause::Unseen) | None => ("unseen", Actor::Host),
+            Some(ExitCause::Unseen) | None => (UNSEEN, Actor::Host),
         };
         let how = exit.map_or_else(
             || "its machine ended while nobody watched: it was killed together with its keeper, or the host was restarted".to_owned(),

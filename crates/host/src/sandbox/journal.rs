@@ -3,8 +3,8 @@
 //!
 //! `sandbox.json` lies in the machine's folder; a folder without one is a machine of the
 //! pool that belongs to nobody. It is replaced by a rename and not synced: what it guards
-//! against is the death of this process. A power loss ends every VM as well, and the
-//! folders are then swept.
+//! against is the death of this process. A power loss ends every VM as well; of what it leaves
+//! of a machine's folder, the disk is saved where it can be.
 
 use std::collections::BTreeMap;
 use std::io;

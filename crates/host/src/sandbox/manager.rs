@@ -1,6 +1,7 @@
 //! Finds the owner of a sandbox, or makes it.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
@@ -8,18 +9,18 @@ use tokio::sync::oneshot;
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{SandboxId, SandboxState, Shape};
 
-use super::death::found_dead;
-use super::handle::Resume;
-use super::handle::{Handle, Order};
+use super::death::{End, UNSEEN, found_dead};
+use super::handle::{Handle, Order, Resume};
 use super::journal::Journal;
 use super::owner::{Common, Owner};
 use super::paused::Paused;
 use super::{DialFailure, NetworkRules, SandboxError};
 use crate::capacity;
-use crate::events::Actor;
+use crate::events::{Actor, DeathCertificate, Kind};
 use crate::guest::chain;
 use crate::lifetime::Lifetime;
-use crate::machine::{LiveMachine, MachineError, Phases};
+use crate::machine::{LiveMachine, MachineError, Phases, record_in};
+use crate::snapshots::{Saver, Scope};
 
 /// So many ended sandboxes are remembered, with their reasons.
 const REMEMBERED: usize = 1000;
@@ -49,6 +50,18 @@ pub struct CreateSandbox {
     pub pause_disk_only: bool,
     /// While it is paused, traffic to its ports resumes it.
     pub auto_resume: bool,
+}
+
+/// A snapshot and who needs it.
+pub type Pin = (SnapshotId, String);
+
+/// What came of a machine that an earlier agent left.
+#[derive(Default)]
+pub struct Adopted {
+    /// The network slot that is in use.
+    pub slot: Option<u32>,
+    /// What its sandbox goes on from.
+    pub pin: Option<Pin>,
 }
 
 /// What came of a fork.
@@ -163,8 +176,8 @@ impl Manager {
     }
 
     /// Takes over a machine of an earlier agent: as a sandbox when it belongs to one.
-    /// Whatever is of no use is given back. Returns the slot that is in use.
-    pub async fn adopt(&self, folder: std::path::PathBuf) -> Result<Option<u32>, MachineError> {
+    /// Whatever is of no use is given back.
+    pub async fn adopt(&self, folder: std::path::PathBuf) -> Result<Adopted, MachineError> {
         let site = &self.common.site;
         let journal = Journal::read(&folder);
         let journal = journal.map_err(|source| MachineError::File {
@@ -181,11 +194,12 @@ impl Manager {
                 // It was being paused, resumed or rolled back when its agent died.
                 tracing::info!(sandbox = %journal.sandbox, "a machine that is not its sandbox's any more is ended");
                 machine.give_back(site).await;
-                Ok(None)
+                Ok(Adopted::default())
             }
             (Some(machine), Some(journal)) => {
                 let slot = machine.record.slot;
                 let id = journal.sandbox;
+                let pin = journal.line.parent.map(|parent| (parent, id.to_string()));
                 // Nothing changes unless an agent died while it changed this.
                 let policy = journal.network.policy();
                 let policy = policy.map_err(|error| MachineError::File {
@@ -205,26 +219,85 @@ impl Manager {
                 self.registry().alive.insert(id, handle);
                 tracing::info!(sandbox = %id, slot, "adopted");
                 self.spawn(id, owner.adopt(machine, journal));
-                Ok(Some(slot))
+                Ok(Adopted {
+                    slot: Some(slot),
+                    pin,
+                })
             }
             (Some(machine), None) => {
                 tracing::info!(folder = %folder.display(), "a machine that belongs to nobody is ended");
                 machine.give_back(site).await;
-                Ok(None)
+                Ok(Adopted::default())
             }
             (None, journal) => {
-                if let Some(journal) = journal.filter(|_| !twin) {
-                    self.bury(&folder, &journal);
-                }
+                let pin = match journal.filter(|_| !twin) {
+                    Some(journal) => self.found_dead(&folder, &journal).await,
+                    None => None,
+                };
                 crate::machine::remove_folder(&folder).await?;
-                Ok(None)
+                Ok(Adopted { slot: None, pin })
             }
         }
     }
 
-    /// Remembers a sandbox whose machine died while no agent was there, with the reason.
-    fn bury(&self, folder: &std::path::Path, journal: &Journal) {
+    /// A sandbox's machine has died while no agent was there. If that was with all around it,
+    /// as when the host lost its power, its disk is kept and the sandbox paused.
+    async fn found_dead(&self, folder: &Path, journal: &Journal) -> Option<Pin> {
         let (end, certificate) = found_dead(folder, journal);
+        let wanted = !journal
+            .lifetime
+            .end_at
+            .is_some_and(|end| end <= SystemTime::now());
+        if end.cause == UNSEEN && (wanted || journal.pause_at_end) {
+            match self.keep_disk(folder, journal, &end).await {
+                Ok(paused) => {
+                    let pin = (paused.snapshot, journal.sandbox.to_string());
+                    let (events, reason) = (&self.common.events, paused.reason.clone());
+                    events.add(journal.sandbox, Kind::Paused, Actor::Host, reason, None);
+                    self.adopt_paused(paused);
+                    return Some(pin);
+                }
+                Err(error) => {
+                    tracing::error!(sandbox = %journal.sandbox, error = %chain(&error), "the disk of a lost machine could not be kept");
+                }
+            }
+        }
+        self.bury(journal, &end, certificate);
+        None
+    }
+
+    async fn keep_disk(
+        &self,
+        folder: &Path,
+        journal: &Journal,
+        end: &End,
+    ) -> Result<Paused, SandboxError> {
+        let id = journal.sandbox;
+        let unknown = || SandboxError::Broken("its record cannot be read".to_owned());
+        let record = record_in(folder).ok_or_else(unknown)?;
+        let Common {
+            site,
+            templates,
+            snapshots,
+            ..
+        } = &*self.common;
+        let saver = Saver {
+            site,
+            snapshots,
+            template: templates.of_snapshot(&record.template_digest).await?,
+        };
+        let snapshot = saver.save_left_disk(folder, &record, journal).await?;
+        let how = end.reason.as_deref().unwrap_or_default();
+        let reason = format!("its disk is kept and boots when it is resumed: {how}");
+        let paused = Paused::of(&record, journal, snapshot, Some(reason));
+        let written = paused.write(&site.config.paused_dir());
+        written.map_err(|source| SandboxError::Journal { id, source })?;
+        tracing::warn!(sandbox = %id, "its machine is lost; its disk is kept");
+        Ok(paused)
+    }
+
+    /// Remembers a sandbox whose machine died while no agent was there, with the reason.
+    fn bury(&self, journal: &Journal, end: &End, certificate: DeathCertificate) {
         let (owner, handle) = Owner::new(
             journal.sandbox,
             &journal.template,
@@ -233,7 +306,7 @@ impl Manager {
             journal.lifetime,
             journal.started_at,
         );
-        owner.over(&end, certificate);
+        owner.over(end, certificate);
         self.registry().remember(handle);
     }
 

@@ -14,7 +14,7 @@ use wrenn_types::{SandboxId, Shape};
 
 use super::handle::About;
 use super::journal::Journal;
-use crate::machine::{LiveMachine, read_json, write_json};
+use crate::machine::{Record, read_json, write_json};
 
 const VERSION: u32 = 1;
 
@@ -42,14 +42,13 @@ pub struct Paused {
 }
 
 impl Paused {
-    /// The machine that was saved as `snapshot`.
+    /// A machine of this record that was saved as `snapshot`.
     pub fn of(
-        machine: &LiveMachine,
+        record: &Record,
         journal: &Journal,
         snapshot: SnapshotId,
         reason: Option<String>,
     ) -> Paused {
-        let record = &machine.record;
         Paused {
             version: VERSION,
             snapshot,

@@ -268,7 +268,7 @@ impl Owner {
             }
         };
         let mut clock = Instant::now();
-        let paused = Paused::of(machine, journal, saved.snapshot.id(), reason);
+        let paused = Paused::of(&machine.record, journal, saved.snapshot.id(), reason);
         let dir = self.common.site.config.paused_dir();
         let written = tokio::task::spawn_blocking({
             let paused = paused.clone();

@@ -88,6 +88,12 @@ pub struct Snapshots {
     deleted: Notify,
 }
 
+/// What an earlier agent left.
+pub struct Inventory {
+    pins: Vec<(SnapshotId, String)>,
+    snapshots: Vec<SnapshotId>,
+}
+
 impl Snapshots {
     /// Opens the store in `dir`, making it if there is none.
     pub fn open(dir: &Path) -> Result<Arc<Snapshots>, SnapshotError> {
@@ -175,25 +181,38 @@ impl Snapshots {
         blocking(move || Ok(store.pins()?.contains(&(id, KEPT.to_owned())))).await
     }
 
-    /// Drops all pins but kept ones and those in `needed`, and deletes what then nobody has
-    /// pinned: for the start of an agent, before anything is saved.
+    /// What there is.
+    pub async fn inventory(&self) -> Result<Inventory, SnapshotError> {
+        let _turn = self.pins.lock().await;
+        let store = self.store.clone();
+        let look = move || {
+            Ok(Inventory {
+                pins: store.pins()?,
+                snapshots: store.list()?,
+            })
+        };
+        blocking(look).await
+    }
+
+    /// Drops the pins that an earlier agent left, all but kept ones and those in `needed`, and
+    /// deletes what then nobody has pinned. What came after the inventory is left alone:
+    /// sandboxes that were adopted may be saved already.
     pub async fn sweep(
         &self,
+        left: Inventory,
         needed: HashSet<(SnapshotId, String)>,
     ) -> Result<usize, SnapshotError> {
         let _turn = self.pins.lock().await;
         let store = self.store.clone();
         let swept = blocking(move || {
-            let mut pinned = HashSet::new();
-            for (id, owner) in store.pins()? {
-                if owner == KEPT || needed.contains(&(id, owner.clone())) {
-                    pinned.insert(id);
-                } else {
-                    store.unpin(id, &owner)?;
+            for pin in left.pins {
+                if pin.1 != KEPT && !needed.contains(&pin) {
+                    store.unpin(pin.0, &pin.1)?;
                 }
             }
+            let pinned: HashSet<_> = store.pins()?.into_iter().map(|(id, _)| id).collect();
             let mut swept = 0;
-            for id in store.list()? {
+            for id in left.snapshots {
                 if !pinned.contains(&id) {
                     delete(&store, id)?;
                     swept += 1;

@@ -18,7 +18,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use wrenn_snapshot::{
-    Compression, Description, Draft, Import, Memory, Origin, Snapshot, SnapshotError, Vmm, pages_of,
+    Compression, Description, Draft, Import, Memory, Origin, Snapshot, SnapshotError, SnapshotId,
+    Vmm, pages_of,
 };
 use wrenn_vmm::{DeltaPages, Run, SavedDelta, create_overlay};
 
@@ -28,7 +29,7 @@ use super::{
 };
 use crate::activity::unix_ms;
 use crate::guest::{Guest, chain};
-use crate::machine::{LiveMachine, MachineError, Phases, Site};
+use crate::machine::{LiveMachine, MachineError, Phases, Record, Site};
 use crate::sandbox::{Journal, SandboxError};
 use crate::template::LoadedTemplate;
 
@@ -128,7 +129,7 @@ impl Saver<'_> {
             phases.0.push(("frozen", frozen.elapsed()));
         }
         clock = Instant::now();
-        let description = self.description(machine, journal, name);
+        let description = self.description(&machine.record, journal, name);
         let layers: Vec<_> = before
             .layers
             .iter()
@@ -173,6 +174,36 @@ impl Saver<'_> {
             self.snapshots.let_go(parent, &owner).await;
         }
         Ok(Saved { snapshot, phases })
+    }
+
+    /// Saves the disk that a dead machine has left in its folder, and pins the snapshot for its
+    /// sandbox. Nobody writes to that disk any more.
+    pub async fn save_left_disk(
+        &self,
+        folder: &Path,
+        record: &Record,
+        journal: &Journal,
+    ) -> Result<SnapshotId, SandboxError> {
+        let parent = match journal.line.parent {
+            Some(id) => Some(self.snapshots.load(id).await?),
+            None => None,
+        };
+        let layers: Vec<_> = journal
+            .line
+            .layers
+            .iter()
+            .map(|layer| folder.join(layer))
+            .collect();
+        let description = self.description(record, journal, "");
+        let store = self.snapshots.store().clone();
+        let saved = blocking(move || {
+            let draft = store.draft(&parent.as_deref().into_iter().collect::<Vec<_>>())?;
+            commit(draft, parent.as_deref(), &layers, description)
+        });
+        let id = saved.await?.id();
+        let owner = journal.sandbox.to_string();
+        self.snapshots.pin(id, &owner).await?;
+        Ok(id)
     }
 
     fn prepare_layer(
@@ -247,22 +278,22 @@ impl Saver<'_> {
         Ok(draft)
     }
 
-    fn description(&self, machine: &LiveMachine, journal: &Journal, name: &str) -> Description {
+    fn description(&self, record: &Record, journal: &Journal, name: &str) -> Description {
         let info = self.site.vmm.info();
         let labels = [
             (LABEL_SANDBOX, journal.sandbox.to_string()),
             (LABEL_TEMPLATE, journal.template.clone()),
             (LABEL_NAME, name.to_owned()),
-            (LABEL_DISK_MIB, machine.record.disk_mib.to_string()),
+            (LABEL_DISK_MIB, record.disk_mib.to_string()),
         ];
         Description {
             created_unix_ms: u64::try_from(unix_ms(SystemTime::now())).unwrap_or_default(),
-            shape: machine.record.shape,
+            shape: record.shape,
             origin: Origin {
                 template: Some(self.template.digest.clone()),
                 image: self.template.manifest.image.clone(),
                 kernel: kernel_of(&self.template),
-                envd_version: machine.record.envd_version.clone(),
+                envd_version: record.envd_version.clone(),
             },
             vmm: Vmm {
                 driver: info.kind.to_owned(),
