@@ -17,7 +17,10 @@ use common::{
     SHAPE, Template, assets, cmdline, console_line, folder, harness, identity, spec, tick, vmm,
 };
 use gone::{alive, gone};
-use wrenn_vmm::{BootSpec, ExitCause, Machine, MemoryFile, RunState, SealedMemory, Vmm, VmmError};
+use wrenn_vmm::{
+    BootSpec, Delta, DeltaError, DeltaPages, ExitCause, Machine, MemoryFile, RestoreSpec, Run,
+    RunState, SealedMemory, Vmm, VmmError, state_file,
+};
 
 fn status_field(pid: u32, name: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -98,6 +101,115 @@ async fn g43_clones_run_side_by_side_and_leave_their_template_untouched() {
     }
     assert_eq!(template.memory.digest().unwrap(), before);
     assert!(fs::read(&template.layer).unwrap() == layer_before);
+}
+
+#[tokio::test]
+async fn a_boot_over_a_templates_memory_is_a_machine_like_its_clones() {
+    let parent = tempfile::tempdir().unwrap();
+    let vmm = vmm();
+    let template = Template::make(&vmm, parent.path(), 10_025, None).await;
+    let before = template.memory.digest().unwrap();
+    let dir = folder(parent.path(), "booted");
+    let layers = vec![template.layer.clone()];
+    let machine = spec(&vmm, &dir, 10_026, "booted", layers.clone());
+    let machine = vmm
+        .boot_private(machine, template.memory.clone())
+        .await
+        .unwrap();
+    assert_eq!(*machine.run_state().borrow(), RunState::Stopped);
+    machine.resume().await.unwrap();
+    // It counts from the beginning, on the template's disk.
+    let line = console_line(&machine, "TICK 2 ").await;
+    assert!(line.contains("disk=made,template,booted,"), "{line}");
+
+    // What differs from the template's memory is all that another needs to go on there.
+    let saved = machine.save_delta().await.unwrap();
+    let at = tick(&console_line(&machine, "TICK").await);
+    let mut pages = Vec::new();
+    let mut taken = saved.pages;
+    while let Some(run) = taken.next_run().unwrap() {
+        match run {
+            Run::Zero(range) => pages.push((range.first, vec![0; range.count as usize * 4096])),
+            Run::Data { first, bytes } => pages.push((first, bytes.to_vec())),
+        }
+    }
+    let top = folder(parent.path(), "top").join("disk.qcow2");
+    machine.switch_disk_layer(&top).await.unwrap();
+    machine.kill().await.unwrap();
+    let next = folder(parent.path(), "next");
+    let layers = layers.into_iter().chain([dir.join("disk.qcow2")]).collect();
+    let mut machine = spec(&vmm, &next, 10_027, "next", layers);
+    machine.boot.kernel = "/nonexistent".into();
+    let spec = RestoreSpec {
+        machine,
+        memory: template.memory.clone(),
+        state: state_file(&saved.state).unwrap(),
+    };
+    let delta = Delta {
+        firmware: saved.firmware,
+        pages: Box::new(Pages(pages.into_iter(), Vec::new())),
+    };
+    let machine = vmm.restore_delta(spec, delta).await.unwrap();
+    machine.resume().await.unwrap();
+    let line = console_line(&machine, "id=next ").await;
+    assert!(line.contains("disk=made,template,booted,next,"), "{line}");
+    assert!((at + 1..at + 60).contains(&tick(&line)), "{at}: {line}");
+    machine.kill().await.unwrap();
+    assert_eq!(template.memory.digest().unwrap(), before);
+}
+
+/// Pages that were read before.
+struct Pages(std::vec::IntoIter<(u64, Vec<u8>)>, Vec<u8>);
+
+impl DeltaPages for Pages {
+    fn next_run(&mut self) -> Result<Option<Run<'_>>, DeltaError> {
+        let Some((first, bytes)) = self.0.next() else {
+            return Ok(None);
+        };
+        self.1 = bytes;
+        Ok(Some(Run::Data {
+            first,
+            bytes: &self.1,
+        }))
+    }
+}
+
+/// A small file system of its own, for as long as it is held.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(at: std::path::PathBuf) -> SmallDisk {
+        fs::create_dir(&at).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=4m,mode=0755", "small"])
+            .arg(&at)
+            .status();
+        assert!(mounted.unwrap().success());
+        SmallDisk(at)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: what a failed test leaves running may still hold a file in it.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_host_is_an_error_in_the_guest_and_no_frozen_machine() {
+    let parent = tempfile::tempdir().unwrap();
+    let vmm = vmm();
+    let small = SmallDisk::mount(parent.path().join("small"));
+    let dir = folder(&small.0, "machine");
+    let machine = spec(&vmm, &dir, 10_028, "eat", Vec::new());
+    let memory = Arc::new(MemoryFile::create(SHAPE.memory.bytes()).unwrap());
+    let machine = vmm.boot(BootSpec { machine, memory }).await.unwrap();
+    let line = console_line(&machine, "ATE ").await;
+    assert!(!line.contains("ATE 0."), "16 MiB fit into 4: {line}");
+    console_line(&machine, "TICK 5 ").await;
+    assert_eq!(*machine.run_state().borrow(), RunState::Running);
+    machine.kill().await.unwrap();
 }
 
 #[tokio::test]

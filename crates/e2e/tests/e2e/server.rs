@@ -316,7 +316,7 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed_and_explained(data_dir: &
     server.destroy().await;
 }
 
-/// The pid of the process that is QEMU among all numbers of the journal.
+/// The pid of the process that runs this program, among all numbers of the journal.
 fn find_pid(journal: &Value, program: &str) -> Option<Pid> {
     let find = |inner| find_pid(inner, program);
     match journal {

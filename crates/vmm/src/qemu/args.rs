@@ -194,9 +194,14 @@ impl Plan<'_> {
             }
             args.put("-blockdev", node.to_string());
         }
+        // A host whose disk is full is an error for the guest's programs. QEMU's own way is to
+        // stop the machine until there is room.
         args.put(
             "-device",
-            format!("virtio-blk-device,drive={}", disk_name(top)),
+            format!(
+                "virtio-blk-device,drive={},rerror=report,werror=report",
+                disk_name(top)
+            ),
         );
     }
 }
@@ -317,7 +322,7 @@ mod tests {
         assert_eq!(text.matches(r#""node-name":"disk"#).count(), 3);
         assert_eq!(text.matches(r#""read-only":false"#).count(), 1);
         assert!(text.contains("fd=11,set=11,opaque=transient -add-fd fd=13,set=11,opaque=spare"));
-        assert!(text.contains(r#""backing":"disk1""#) && text.contains("drive=disk2"));
+        assert!(text.contains(r#""backing":"disk1""#) && text.contains("drive=disk2,"));
         assert!(!plan(Start::Cold).contains(&"-incoming".to_string()));
     }
 }

@@ -33,7 +33,8 @@ const MODULES: [&str; 8] = [
 /// With `workload` on its command line it also runs a round of work before each line: files
 /// in memory are made, turned to zeros in place, freed and checked against the checksums of
 /// all rounds before, and copied to the disk and read back from there; it tells of the round
-/// as `LOAD n ok`. An identity of `fill=MIB` (a multiple of 5) has it write so much memory, and tell `FILLED`.
+/// as `LOAD n ok`. An identity of `fill=MIB` (a multiple of 5) has it write so much memory, and tell `FILLED`;
+/// one of `eat` has it write 16 MiB to its disk, and tell how that went: `ATE 0`, or another status.
 const INIT: &str = r#"#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t devtmpfs d /dev; $b mount -t proc p /proc; $b mount -t sysfs s /sys
@@ -69,7 +70,10 @@ while true; do
     case $id in fill=*)
       $b dd if=/dev/urandom of=/w/seed bs=64k count=80 2>/dev/null
       for i in $($b seq $((${id#fill=} / 5))); do $b cat /w/seed >>/w/fill; done
-      echo "FILLED."
+      echo "FILLED." ;;
+    eat)
+      $b dd if=/dev/urandom of=/disk/eaten bs=64k count=256 conv=fsync 2>/dev/null
+      echo "ATE $?." ;;
     esac
   fi
   [ -n "$work" ] && round $n
