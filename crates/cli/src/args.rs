@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, doctor, down, gc, image, keeper, run, sandbox, snapshot, up, version,
+    bench, chaos, doctor, down, gc, image, keeper, run, sandbox, snapshot, up, version,
 };
 use crate::settings::{ColorChoice, LogFormat};
 
@@ -85,6 +85,8 @@ pub(crate) enum Command {
     /// Measure this installation
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Kill this program and its machines at every step of every operation, and see what is lost
+    Chaos(chaos::Args),
     /// Show the version of this program and of the server
     Version(version::Args),
     /// Start and watch one virtual machine; what `wrenn up` runs, not people
@@ -103,6 +105,7 @@ impl Command {
             Command::Sandbox(command) => command.json(),
             Command::Snapshot(command) => command.json(),
             Command::Bench(command) => command.json(),
+            Command::Chaos(args) => args.output.json,
             Command::Version(args) => args.output.json,
             Command::Up(_) | Command::Run(_) | Command::Keeper(_) => false,
         }

@@ -28,6 +28,9 @@ pub(crate) const VMM: &str = "WRENN_VMM";
 pub(crate) const ACCELERATOR: &str = "WRENN_ACCELERATOR";
 /// How many warmed machines wait for a sandbox.
 pub(crate) const POOL_SIZE: &str = "WRENN_POOL_SIZE";
+/// A file: the server ends itself, as by a crash, at the step that is written in it. For
+/// `wrenn chaos`.
+pub(crate) const CRASH_FILE: &str = "WRENN_CRASH_FILE";
 /// Where a person's configuration lives (XDG base directories).
 pub(crate) const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
 /// The person's folder, where `XDG_CONFIG_HOME` is not set.

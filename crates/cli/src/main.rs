@@ -100,6 +100,7 @@ async fn dispatch(command: Command, context: &Context) -> Result<Exit, Failure> 
         Command::Sandbox(command) => command.run(context).await,
         Command::Snapshot(command) => command.run(context).await,
         Command::Bench(command) => command.run(context).await,
+        Command::Chaos(args) => commands::chaos::run(&args, context).await,
         Command::Version(args) => commands::version::run(&args, context).await,
         // `run` has taken it already.
         Command::Keeper(_) => Err(Failure::message("the keeper runs without an async runtime")),

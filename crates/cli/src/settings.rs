@@ -149,7 +149,7 @@ struct FileConfig {
     up: FileUp,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FileUp {
     listen: Option<SocketAddr>,
@@ -160,7 +160,7 @@ struct FileUp {
 }
 
 /// What every command may want to know.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Settings {
     /// The server's address, where it was said.
     pub(crate) url: Option<String>,

@@ -43,6 +43,6 @@ mod template;
 pub use activity::InUse;
 pub use agent::{AgentError, HostAgent, InProcessHost};
 pub use config::{HostConfig, network_prefix};
-pub use machine::{SweepError, SweepReport, sweep};
+pub use machine::{SweepError, SweepReport, crash_by, sweep};
 pub use sandbox::{DialFailure, SandboxError};
 pub use template::TemplateError;

@@ -1,12 +1,14 @@
 //! What `wrenn` does: a file per command.
 
 pub(crate) mod bench;
+pub(crate) mod chaos;
 pub(crate) mod doctor;
 pub(crate) mod down;
 mod follow;
 pub(crate) mod gc;
 pub(crate) mod image;
 pub(crate) mod keeper;
+mod own_server;
 pub(crate) mod run;
 pub(crate) mod sandbox;
 pub(crate) mod snapshot;

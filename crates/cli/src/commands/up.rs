@@ -72,6 +72,9 @@ pub(crate) async fn run(
                 .hint("leave --vmm out: QEMU runs sandboxes on any Linux machine"),
         );
     }
+    if let Some(file) = std::env::var_os(crate::env::CRASH_FILE) {
+        wrenn_host::crash_by(file.into());
+    }
     let mut signals = Signals::listen().map_err(|e| Failure::from_error(&e))?;
     let listener = listen(up.listen).await?;
     let address = listener.local_addr().map_err(|e| Failure::from_error(&e))?;

@@ -94,7 +94,7 @@ fn exclusive() -> Vec<(&'static str, Exclusive)> {
         snapshots: g02_g04_paused_sandboxes_outlive_the_server,
             g16_a_damaged_snapshot_is_named_and_not_started;
         server: g02_ctrl_c_leaves_sandboxes_to_the_next_server, g02_sigkill_loses_no_sandbox,
-            a_machine_that_was_lost_with_its_host_boots_from_its_disk,
+            a_machine_that_was_lost_with_its_host_boots_from_its_disk, g02_g03_chaos_loses_nothing,
             g06_a_machine_that_dies_is_noticed_and_explained, down_destroy_ends_everything, doctor_says_what_this_host_can_do;
     }
 }

@@ -168,6 +168,17 @@ fn monitor_of(folder: &Path) -> Pid {
     process_of(folder, "qemu")
 }
 
+/// Some of the cases of `wrenn chaos`; `WRENN_TEST_LONG`: all.
+pub(crate) async fn g02_g03_chaos_loses_nothing(data_dir: &Path) {
+    let mut args = vec!["chaos"];
+    if std::env::var_os("WRENN_TEST_LONG").is_none() {
+        args.extend(["--sample", "8", "--seed", "4"]);
+    }
+    let tried = Cli::new(data_dir).run(&args).await.expect_code(0);
+    println!("{}", tried.stdout);
+    HostState::read(data_dir, None).expect_nothing_alive();
+}
+
 /// As after a power loss: the server, the machine and its keeper are gone, the disk is there.
 pub(crate) async fn a_machine_that_was_lost_with_its_host_boots_from_its_disk(data_dir: &Path) {
     let mut server = Server::start(data_dir).await;

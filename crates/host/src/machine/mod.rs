@@ -3,6 +3,7 @@
 
 mod bringup;
 mod files;
+mod phases;
 mod sweep;
 
 pub use bringup::{
@@ -10,6 +11,7 @@ pub use bringup::{
     kernel_command_line, new_restore_id, restore,
 };
 pub use files::{read_json, remove_folder, vm_folder, write_json};
+pub use phases::{Phases, crash_by, reached};
 pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
 
 use std::path::{Path, PathBuf};
@@ -74,19 +76,6 @@ pub enum MachineError {
         /// What the system said.
         source: std::io::Error,
     },
-}
-
-/// Where the time of a bring-up went, in order.
-#[derive(Debug, Default, Clone)]
-pub struct Phases(pub Vec<(&'static str, Duration)>);
-
-impl Phases {
-    /// Notes the time since `*since` under `name`, and starts the next phase.
-    pub fn note(&mut self, name: &'static str, since: &mut Instant) {
-        let now = Instant::now();
-        self.0.push((name, now - *since));
-        *since = now;
-    }
 }
 
 /// What the agent must know of a machine to take it over; `record.json` in its folder.

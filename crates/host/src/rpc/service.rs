@@ -14,6 +14,7 @@ use connectrpc::{
 use wrenn_wire::wrenn::host::v1::*;
 
 use crate::agent::Parts;
+use crate::machine::reached;
 
 /// The service over the agent's parts.
 #[derive(Clone)]
@@ -30,6 +31,14 @@ fn answer<T>(result: Result<T, ConnectError>) -> ServiceResult<T> {
     result.map(Response::new)
 }
 
+/// The same for what changes a sandbox's life.
+fn done<T>(result: Result<T, ConnectError>) -> ServiceResult<T> {
+    if result.is_ok() {
+        reached("answer");
+    }
+    answer(result)
+}
+
 impl HostService for HostRpc {
     async fn get_info(
         &self,
@@ -44,7 +53,7 @@ impl HostService for HostRpc {
         _: RequestContext,
         request: ServiceRequest<'_, CreateSandboxRequest>,
     ) -> ServiceResult<impl Encodable<CreateSandboxResponse> + Send + use<>> {
-        answer(self.create(request.to_owned_message()).await)
+        done(self.create(request.to_owned_message()).await)
     }
 
     async fn destroy_sandbox(
@@ -52,7 +61,7 @@ impl HostService for HostRpc {
         _: RequestContext,
         request: ServiceRequest<'_, DestroySandboxRequest>,
     ) -> ServiceResult<impl Encodable<DestroySandboxResponse> + Send + use<>> {
-        answer(self.destroy(request.sandbox_id).await)
+        done(self.destroy(request.sandbox_id).await)
     }
 
     async fn get_sandbox(
@@ -100,7 +109,7 @@ impl HostService for HostRpc {
         _: RequestContext,
         request: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<>> {
-        answer(self.pause(request.to_owned_message()).await)
+        done(self.pause(request.to_owned_message()).await)
     }
 
     async fn resume_sandbox(
@@ -108,7 +117,7 @@ impl HostService for HostRpc {
         _: RequestContext,
         request: ServiceRequest<'_, ResumeSandboxRequest>,
     ) -> ServiceResult<impl Encodable<ResumeSandboxResponse> + Send + use<>> {
-        answer(self.resume(request.to_owned_message()).await)
+        done(self.resume(request.to_owned_message()).await)
     }
 
     async fn create_snapshot(
@@ -116,7 +125,7 @@ impl HostService for HostRpc {
         _: RequestContext,
         request: ServiceRequest<'_, CreateSnapshotRequest>,
     ) -> ServiceResult<impl Encodable<CreateSnapshotResponse> + Send + use<>> {
-        answer(self.snapshot(request.to_owned_message()).await)
+        done(self.snapshot(request.to_owned_message()).await)
     }
 
     async fn list_snapshots(
@@ -140,7 +149,7 @@ impl HostService for HostRpc {
         _: RequestContext,
         request: ServiceRequest<'_, ForkSandboxRequest>,
     ) -> ServiceResult<impl Encodable<ForkSandboxResponse> + Send + use<>> {
-        answer(self.fork(request.to_owned_message()).await)
+        done(self.fork(request.to_owned_message()).await)
     }
 
     async fn rollback_sandbox(
@@ -148,7 +157,7 @@ impl HostService for HostRpc {
         _: RequestContext,
         request: ServiceRequest<'_, RollbackSandboxRequest>,
     ) -> ServiceResult<impl Encodable<RollbackSandboxResponse> + Send + use<>> {
-        answer(self.roll_back(request.to_owned_message()).await)
+        done(self.roll_back(request.to_owned_message()).await)
     }
 
     async fn exec(

@@ -1,6 +1,7 @@
 //! `wrenn bench …`: what this installation takes for what it does.
 
 mod guest;
+mod host;
 mod machine;
 mod report;
 mod snapshot;
@@ -18,6 +19,8 @@ pub(crate) enum Command {
     Start(start::Args),
     /// Measure what saving, restoring and forking a sandbox takes
     Snapshot(snapshot::Args),
+    /// Measure the host agent: its journal, its network slots, its memory, and how fast the next one takes over
+    Host(host::Args),
     /// Measure the guest agent by itself, as a plain process on this machine
     Guest(guest::Args),
 }
@@ -28,6 +31,7 @@ impl Command {
         match self {
             Command::Start(args) => args.output.json,
             Command::Snapshot(args) => args.output.json,
+            Command::Host(args) => args.output.json,
             Command::Guest(args) => args.output.json,
         }
     }
@@ -37,6 +41,7 @@ impl Command {
         match self {
             Command::Start(args) => start::run(args, context).await,
             Command::Snapshot(args) => snapshot::run(args, context).await,
+            Command::Host(args) => host::run(args, context).await,
             Command::Guest(args) => guest::run(args, context).await,
         }
     }
