@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
 
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use rustix::mount::UnmountFlags;
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::sync::oneshot;
 
@@ -58,10 +59,29 @@ pub(crate) fn names() -> io::Result<Vec<String>> {
     Ok(names)
 }
 
+/// Makes the folder of names what `ip netns add` makes of it: a mount of its own. Done by that
+/// program later, it would hide the mounts that were made here before, and nobody could take
+/// them away again.
+fn prepare_folder() -> io::Result<()> {
+    std::fs::create_dir_all(NAMED)?;
+    // Of two that find no mount, the second would hide the first's.
+    let folder = File::open(NAMED)?;
+    rustix::fs::flock(&folder, FlockOperation::LockExclusive)?;
+    match rustix::mount::mount_change(NAMED, MountPropagationFlags::SHARED) {
+        // INVAL: no mount point.
+        Err(Errno::INVAL) => {
+            rustix::mount::mount_bind_recursive(NAMED, NAMED)?;
+            rustix::mount::mount_change(NAMED, MountPropagationFlags::SHARED)?;
+        }
+        done => done?,
+    }
+    Ok(())
+}
+
 impl Namespace {
     /// Moves the calling thread into a new namespace and gives that a name.
     pub(crate) fn create_and_enter(name: &str) -> io::Result<Self> {
-        std::fs::create_dir_all(NAMED)?;
+        prepare_folder()?;
         let path = path_of(name);
         // The file is only the place to mount on.
         OpenOptions::new()

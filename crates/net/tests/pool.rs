@@ -285,3 +285,37 @@ async fn cost_of_two_hundred_slots() {
     );
     assert_eq!(host_objects("ntz"), Vec::<String>::new());
 }
+
+/// In a mount namespace where nobody has used named namespaces yet, as after a boot.
+#[tokio::test]
+#[ignore = "changes /run: run by the test below, in a mount namespace of its own"]
+async fn inside_a_fresh_run_folder() {
+    let bed = Bed::new("nth", 8);
+    let pool = SlotPool::start(bed.config()).await.unwrap();
+    let slot = pool.take().await.unwrap();
+    // Another program's first `ip netns add` makes a mount of the folder.
+    run("ip netns add nth-other");
+    pool.give_back(slot).await;
+    pool.shutdown().await;
+    run("ip netns del nth-other");
+    assert_eq!(host_objects("nth"), Vec::<String>::new());
+}
+
+#[test]
+fn another_programs_first_namespace_hides_none_of_ours() {
+    let this = std::env::current_exe().unwrap();
+    let script = format!(
+        "mount -t tmpfs run /run && exec {} --exact inside_a_fresh_run_folder --ignored --nocapture",
+        this.display()
+    );
+    let done = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&done.stdout);
+    let errors = String::from_utf8_lossy(&done.stderr);
+    assert!(
+        done.status.success() && text.contains("1 passed"),
+        "{text}{errors}"
+    );
+}
