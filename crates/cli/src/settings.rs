@@ -196,6 +196,16 @@ pub(crate) struct UpSettings {
 pub(crate) type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl Settings {
+    /// The same for a server that runs on another data folder, whose address and key are there.
+    pub(crate) fn of_server_in(&self, data_dir: &Path) -> Settings {
+        Settings {
+            url: None,
+            api_key: None,
+            data_dir: data_dir.to_owned(),
+            ..self.clone()
+        }
+    }
+
     /// Merges flags, environment and file.
     pub(crate) fn resolve(flags: &GlobalArgs, env: Environment<'_>) -> Result<Self, SettingsError> {
         let var = |name: &'static str| env(name).filter(|value| !value.is_empty());

@@ -26,7 +26,7 @@ use crate::machine::{MachineError, Site, machine_folders, name_of, record_in};
 use crate::metrics;
 use crate::pool::Pool;
 use crate::rpc::HostRpc;
-use crate::sandbox::{Common, DialFailure, Journal, Manager, Paused};
+use crate::sandbox::{Common, DialFailure, Manager, Paused};
 use crate::snapshots::Snapshots;
 use crate::template::{TemplateError, TemplateStore};
 

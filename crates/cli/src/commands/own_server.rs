@@ -42,12 +42,7 @@ impl Ground {
             Failure::message(format!("cannot prepare {}: {error}", folder.display()))
                 .hint("`wrenn up --once` makes the image and the template it starts from")
         })?;
-        let settings = Settings {
-            url: None,
-            api_key: None,
-            data_dir: folder.clone(),
-            ..settings.clone()
-        };
+        let settings = settings.of_server_in(&folder);
         Ok(Ground {
             folder,
             settings,

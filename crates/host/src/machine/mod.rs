@@ -16,7 +16,6 @@ pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use wrenn_net::{NetError, Slot, SlotPool};

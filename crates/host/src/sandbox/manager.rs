@@ -244,10 +244,8 @@ impl Manager {
     /// as when the host lost its power, its disk is kept and the sandbox paused.
     async fn found_dead(&self, folder: &Path, journal: &Journal) -> Option<Pin> {
         let (end, certificate) = found_dead(folder, journal);
-        let wanted = !journal
-            .lifetime
-            .end_at
-            .is_some_and(|end| end <= SystemTime::now());
+        let end_at = journal.lifetime.end_at;
+        let wanted = end_at.is_none_or(|end| end > SystemTime::now());
         if end.cause == UNSEEN && (wanted || journal.pause_at_end) {
             match self.keep_disk(folder, journal, &end).await {
                 Ok(paused) => {

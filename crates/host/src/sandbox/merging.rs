@@ -218,8 +218,8 @@ impl Owner {
     }
 
     async fn pin_merged(&self, merged: &Merged) -> bool {
-        let pinned = self.common.snapshots.pin(merged.into, &self.id.to_string());
-        match pinned.await {
+        let owner = self.id.to_string();
+        match self.common.snapshots.pin(merged.into, &owner).await {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!(sandbox = %self.id, error = %chain(&error), "it stays with a long chain of saves");

@@ -218,7 +218,7 @@ fn write_merged(
             l2.extend_from_slice(&entry.to_be_bytes());
         }
         file.write_all_at(&l2, used * CLUSTER)?;
-        l1.push(used * CLUSTER | COPIED);
+        l1.push((used * CLUSTER) | COPIED);
         used += 1;
     }
     let l1: Vec<u8> = l1.into_iter().flat_map(u64::to_be_bytes).collect();
