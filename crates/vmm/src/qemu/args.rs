@@ -81,7 +81,7 @@ pub(super) enum Format {
 pub(super) enum Start {
     /// Boot, writing to the memory itself.
     Cold,
-    /// Stand before the first instruction of a boot, mapping the memory privately.
+    /// Boot, mapping the memory privately.
     Private,
     /// Wait for a state, mapping the memory privately.
     Saved,
@@ -167,9 +167,8 @@ impl Plan<'_> {
                 format!("virtio-net-device,netdev=net0,mac={mac}"),
             );
         }
-        if self.start != Start::Cold {
-            args.flag("-S");
-        }
+        // All stand until they are told to run, so that what is known of that is right.
+        args.flag("-S");
         if self.start == Start::Saved {
             args.put("-incoming", "defer".into());
         }

@@ -127,7 +127,9 @@ impl Vmm for QemuVmm {
 
     async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Machine>, VmmError> {
         let BootSpec { machine, memory } = spec;
-        Ok(Arc::new(self.start_cold(machine, &memory).await?.claim()))
+        let machine = self.start_cold(machine, &memory).await?;
+        machine.resume().await?;
+        Ok(Arc::new(machine.claim()))
     }
 
     async fn boot_private(
