@@ -239,12 +239,14 @@ impl Settings {
         Ok(Settings {
             url: flags.url.clone().or(var(env::URL)).or(file.url),
             api_key,
-            data_dir: flags
-                .data_dir
-                .clone()
-                .or(var(env::DATA_DIR).map(PathBuf::from))
-                .or(file.data_dir)
-                .unwrap_or_else(|| PathBuf::from(DEFAULT_DATA_DIR)),
+            data_dir: absolute(
+                flags
+                    .data_dir
+                    .clone()
+                    .or(var(env::DATA_DIR).map(PathBuf::from))
+                    .or(file.data_dir)
+                    .unwrap_or_else(|| PathBuf::from(DEFAULT_DATA_DIR)),
+            ),
             color,
             log: var(env::LOG).or(var(env::RUST_LOG)).or(file.log),
             log_format,
@@ -292,6 +294,13 @@ impl Settings {
             },
         })
     }
+}
+
+/// The same folder from wherever it is used: names are made of its path, and machines are started
+/// from another working directory. Symbolic links are left alone, since they may be made later.
+fn absolute(path: PathBuf) -> PathBuf {
+    // It fails for an empty path and where there is no working directory.
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 fn choice<T: ValueEnum>(
@@ -407,6 +416,15 @@ mod tests {
             ..GlobalArgs::default()
         };
         (folder, flags)
+    }
+
+    #[test]
+    fn a_data_folder_is_the_same_from_everywhere() {
+        let (_folder, mut flags) = config("");
+        flags.data_dir = Some("some/folder".into());
+        let settings = Settings::resolve(&flags, &|_| None).unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(settings.data_dir, here.join("some/folder"));
     }
 
     #[test]

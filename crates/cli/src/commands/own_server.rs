@@ -18,6 +18,9 @@ use crate::settings::Settings;
 /// So long a server may take to be there.
 const START: Duration = Duration::from_secs(180);
 
+/// By then all is ended that was told to.
+const END: Duration = Duration::from_secs(5);
+
 /// A data folder of its own.
 pub(crate) struct Ground {
     folder: PathBuf,
@@ -139,13 +142,17 @@ impl Ground {
 
     /// Ends what was left running, and removes the folder.
     pub(crate) async fn clean(&self) -> Result<(), Failure> {
-        let mut down = self.wrenn(&["down", "--destroy"])?;
-        let ended = down
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .await;
-        let ended = ended.map_err(|e| Failure::from_error(&e))?;
+        let began = Instant::now();
+        let ended = loop {
+            let mut down = self.wrenn(&["down", "--destroy"])?;
+            down.stdout(Stdio::null()).stderr(Stdio::null());
+            let ended = down.status().await.map_err(|e| Failure::from_error(&e))?;
+            // One that was killed by being dropped may hold the folder for another moment.
+            if ended.success() || began.elapsed() > END {
+                break ended;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        };
         if !ended.success() {
             return Err(Failure::message(format!(
                 "`wrenn down --destroy --data-dir {}` ended with {ended}: run it again, then remove the folder",

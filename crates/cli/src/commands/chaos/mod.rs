@@ -47,7 +47,9 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     let mut bed = match Bed::make(ground, crash_file).await {
         Ok(bed) => bed,
         Err((ground, failure)) => {
-            ground.clean().await?;
+            if let Err(left) = ground.clean().await {
+                context.printer.warn(left.lines().0);
+            }
             return Err(failure);
         }
     };
