@@ -106,6 +106,14 @@ pub struct Journal {
     /// Where its machine goes on from.
     #[serde(default)]
     pub line: Line,
+    /// Its guest agent knows whose it is. Until then it is nobody's, and of no use.
+    #[serde(default = "handed")]
+    pub handed: bool,
+}
+
+/// Of journals from before it was written down.
+fn handed() -> bool {
+    true
 }
 
 impl Journal {
@@ -124,6 +132,7 @@ impl Journal {
             pause_disk_only: create.pause_disk_only,
             auto_resume: create.auto_resume,
             line: Line::from(create.snapshot),
+            handed: false,
         }
     }
 
@@ -227,7 +236,7 @@ mod tests {
         let path = dir.path().join(FILE);
         let mut old: serde_json::Value =
             serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        for new in ["line", "pause_at_end", "pause_disk_only", "auto_resume"] {
+        for new in ["line", "pause_at_end", "pause_disk_only", "auto_resume", "handed"] {
             old.as_object_mut().unwrap().remove(new);
         }
         std::fs::write(&path, old.to_string()).unwrap();

@@ -196,6 +196,12 @@ impl Manager {
                 machine.give_back(site).await;
                 Ok(Adopted::default())
             }
+            (Some(machine), Some(journal)) if !journal.handed => {
+                // Its agent died before anybody was told of it.
+                tracing::info!(sandbox = %journal.sandbox, "a machine that was not a sandbox yet is ended");
+                machine.give_back(site).await;
+                Ok(Adopted::default())
+            }
             (Some(machine), Some(journal)) => {
                 let slot = machine.record.slot;
                 let id = journal.sandbox;
@@ -230,7 +236,7 @@ impl Manager {
                 Ok(Adopted::default())
             }
             (None, journal) => {
-                let pin = match journal.filter(|_| !twin) {
+                let pin = match journal.filter(|journal| !twin && journal.handed) {
                     Some(journal) => self.found_dead(&folder, &journal).await,
                     None => None,
                 };

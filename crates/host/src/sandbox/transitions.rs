@@ -63,7 +63,7 @@ impl Owner {
             true => Some(AccessToken::generate().map_err(MachineError::from)?),
             false => None,
         };
-        let journal = Journal::new(create, token.as_ref());
+        let mut journal = Journal::new(create, token.as_ref());
         let restore_id = new_restore_id()?;
         let waiting = match &origin.snapshot {
             None => pool.take(&origin.template).await,
@@ -74,7 +74,7 @@ impl Owner {
             None => self.bring_up(&origin, &mut phases).await?,
         };
         let handing = HandOver {
-            journal: &journal,
+            journal: &mut journal,
             restore_id: &restore_id,
             origin: &origin,
             keep: true,
@@ -144,6 +144,7 @@ impl Owner {
         } = handing;
         let mut clock = Instant::now();
         if keep {
+            journal.handed = false;
             journal.keep(&machine.folder)?;
         }
         network::enforce(machine, journal).await?;
@@ -174,6 +175,10 @@ impl Owner {
             }
         };
         machine.guest.set_token(token);
+        journal.handed = true;
+        if keep {
+            journal.keep(&machine.folder)?;
+        }
         phases.note("init", &mut clock);
         Ok(Certificate {
             generation: machine.record.generation,
@@ -316,10 +321,10 @@ impl Owner {
             true => paused.journal.booted_from(paused.snapshot),
             false => paused.journal.restored_from(paused.snapshot),
         };
-        let journal = journal.with_lifetime(lifetime);
+        let mut journal = journal.with_lifetime(lifetime);
         let resumed = async {
             let handing = HandOver {
-                journal: &journal,
+                journal: &mut journal,
                 restore_id: &restore_id,
                 origin: &origin,
                 keep: true,
@@ -395,10 +400,10 @@ impl Owner {
                 .await?;
             phases.note("snapshot", &mut clock);
             let (other, restore_id) = self.bring_up(&origin, &mut phases).await?;
-            let journal = journal.restored_from(id);
+            let mut journal = journal.restored_from(id);
             let handed = async {
                 let handing = HandOver {
-                    journal: &journal,
+                    journal: &mut journal,
                     restore_id: &restore_id,
                     origin: &origin,
                     keep: false,
@@ -466,13 +471,13 @@ impl Owner {
 
 /// How a machine is handed over to its sandbox.
 struct HandOver<'a> {
-    journal: &'a Journal,
+    journal: &'a mut Journal,
     /// What its guest agent waits for.
     restore_id: &'a str,
     /// Where it comes from.
     origin: &'a Origin,
-    /// The journal is written first, so that the next agent knows whose the machine is; else
-    /// it is nobody's until the caller says so.
+    /// The journal is written first, so that the next agent knows whose the machine was to be,
+    /// and again when it is; else it is nobody's until the caller says so.
     keep: bool,
 }
 
