@@ -242,50 +242,6 @@ async fn nft_reads_the_rules_as_they_are_meant() {
     assert!(cut.contains(" jump refuse\n\t}"), "{cut}");
 }
 
-/// What slots cost; run it alone and with `--nocapture` for figures that mean something.
-#[tokio::test]
-#[ignore = "a measurement, and 200 slots"]
-async fn cost_of_two_hundred_slots() {
-    fn used_kib() -> u64 {
-        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
-        let field = |name: &str| -> u64 {
-            let line = text.lines().find(|line| line.starts_with(name)).unwrap();
-            line.split_whitespace().nth(1).unwrap().parse().unwrap()
-        };
-        field("MemTotal:") - field("MemAvailable:")
-    }
-    let bed = Bed::new("ntz", 9);
-    let mut config = bed.config();
-    config.subnet = "10.249.0.0/16".parse().unwrap();
-    (config.ready, config.max_slots) = (201, 300);
-    let start = Instant::now();
-    let pool = SlotPool::start(config).await.unwrap();
-    eprintln!("start with its first slot: {:?}", start.elapsed());
-    let (before, start) = (used_kib(), Instant::now());
-    while pool.stats().ready < 201 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let took = start.elapsed();
-    eprintln!("200 slots: {took:?}, {:?} each", took / 200);
-    eprintln!(
-        "memory: {} KiB each",
-        used_kib().saturating_sub(before) / 200
-    );
-    let rss = std::fs::read_to_string("/proc/self/status").unwrap();
-    eprintln!(
-        "{}",
-        rss.lines().find(|line| line.starts_with("VmRSS")).unwrap()
-    );
-    let start = Instant::now();
-    pool.shutdown().await;
-    eprintln!(
-        "removed: {:?}, {:?} each",
-        start.elapsed(),
-        start.elapsed() / 201
-    );
-    assert_eq!(host_objects("ntz"), Vec::<String>::new());
-}
-
 /// In a mount namespace where nobody has used named namespaces yet, as after a boot.
 #[tokio::test]
 #[ignore = "changes /run: run by the test below, in a mount namespace of its own"]

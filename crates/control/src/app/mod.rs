@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use tokio::sync::Mutex as AsyncMutex;
 use wrenn_proxy::Proxy;
-use wrenn_store::Store;
+use wrenn_store::{Store, Timestamp};
 use wrenn_types::{SandboxId, TeamId};
 
 pub(crate) use create::{Clock, CreateSpec, Phase};
@@ -46,6 +46,8 @@ pub(crate) struct App {
     pub(crate) proxy: Proxy,
     /// Who owns what an embedded server makes.
     pub(crate) team: TeamId,
+    /// When this server began: what was under way before is nobody's now.
+    began: Timestamp,
     pub(crate) busy: Busy,
     ends: Turns,
     /// Shared while a snapshot is taken and gets its row, exclusive while the host is told which
@@ -69,6 +71,7 @@ impl App {
             host,
             proxy,
             team,
+            began: Timestamp::now(),
             busy: Busy::default(),
             ends: Turns::default(),
             kept: Default::default(),

@@ -20,7 +20,7 @@ const DELETE_WITHIN: Duration = Duration::from_secs(30);
 /// How long the reconciler waits for snapshots that are being taken. Those that come next wait
 /// with it.
 const TIDY_WAITS: Duration = Duration::from_secs(2);
-/// Seconds that a snapshot which no row names is kept.
+/// Seconds that a snapshot which was taken under this server and no row names is kept.
 const STRAY_FOR: i64 = 10 * 60;
 /// The longest name.
 pub(super) const MAX_NAME: usize = 100;
@@ -336,7 +336,8 @@ impl App {
 
     /// Deletes snapshots that the host keeps and no row names. This server was ended, or gave
     /// up waiting, while the host took them: whoever asked was told of a failure or nothing at
-    /// all, and its Idempotency-Key is free again. They get [`STRAY_FOR`] of grace. Those of
+    /// all, and its Idempotency-Key is free again. Those from before this server began are
+    /// deleted at once, later ones get [`STRAY_FOR`] of grace. Those of
     /// sandboxes that are in no database are not ours to delete: it may have been lost.
     async fn delete_strays(&self) -> Result<(), Failure> {
         let request = wire::ListSnapshotsRequest::default();
@@ -345,7 +346,7 @@ impl App {
             .list_snapshots_with_options(request, options(DELETE_WITHIN))
             .await?;
         let named = self.store.named_snapshots().await?;
-        let old = Timestamp::now().plus_secs(-STRAY_FOR);
+        let old = Timestamp::now().plus_secs(-STRAY_FOR).max(self.began);
         for kept in reply.into_owned().snapshots {
             let id = kept.snapshot_id;
             if named.contains(&id) || kept.created_at_unix_ms > old.unix_ms() {

@@ -236,7 +236,13 @@ mod tests {
         let path = dir.path().join(FILE);
         let mut old: serde_json::Value =
             serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        for new in ["line", "pause_at_end", "pause_disk_only", "auto_resume", "handed"] {
+        for new in [
+            "line",
+            "pause_at_end",
+            "pause_disk_only",
+            "auto_resume",
+            "handed",
+        ] {
             old.as_object_mut().unwrap().remove(new);
         }
         std::fs::write(&path, old.to_string()).unwrap();
