@@ -45,6 +45,12 @@ async fn verb(api: &Api, id: &str, verb: &str, body: &Value) -> Value {
     answer.json()
 }
 
+/// Seconds since 1970, as this host has them.
+fn now() -> f64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.expect("after 1970").as_secs_f64()
+}
+
 async fn start_workload(api: &Api, id: &str) {
     api.write_file(id, "/home/user/work.py", WORKLOAD).await;
     let body = json!({"cmd": "/usr/bin/python3", "args": ["/home/user/work.py"],
@@ -115,10 +121,7 @@ pub(crate) async fn g12_g13_a_working_guest_goes_on_through_pauses(server: &Serv
         .trim()
         .parse()
         .expect("a time");
-    let host = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .expect("after 1970");
-    let off = (host.as_secs_f64() - guest).abs();
+    let off = (now() - guest).abs();
     assert!(off < 3.0, "the guest's clock is off by {off} s");
     api.destroy(&id).await;
 }
@@ -128,7 +131,7 @@ pub(crate) async fn g23_forks_share_their_past_and_nothing_else(server: &Server)
     let id = api.create(&json!({"metadata": {"kind": "parent"}})).await;
     start_workload(&api, &id).await;
     api.shell(&id, "echo past > /home/user/past").await;
-    let forked = verb(&api, &id, "fork", &json!({"count": 3})).await;
+    let forked = verb(&api, &id, "fork", &json!({"count": 8})).await;
     let children: Vec<String> = forked
         .as_array()
         .expect("a list")
@@ -140,11 +143,10 @@ pub(crate) async fn g23_forks_share_their_past_and_nothing_else(server: &Server)
                 .to_owned()
         })
         .collect();
-    assert_eq!(children.len(), 3);
+    assert_eq!(children.len(), 8);
     let line = "cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | base64; \
-        python3 -c 'import random, uuid; print(random.random(), uuid.uuid4())'; \
-        openssl rand -hex 16 2>/dev/null || head -c 16 /dev/random | base64; \
-        cat /etc/machine-id; hostname";
+        python3 -c 'import random, ssl, uuid; print(random.random(), uuid.uuid4(), ssl.RAND_bytes(16).hex())'; \
+        head -c 16 /dev/random | base64; cat /etc/machine-id; hostname";
     let mut seen = HashSet::new();
     for one in children.iter().chain([&id]) {
         assert_eq!(api.shell(one, "cat /home/user/past").await, "past\n");
@@ -156,11 +158,25 @@ pub(crate) async fn g23_forks_share_their_past_and_nothing_else(server: &Server)
             );
         }
         assert!(said.ends_with(&format!("{one}\n")), "{said}");
+        assert_eq!(said.split_whitespace().count(), 8, "{said}");
+        // G24
+        let before = now();
+        let clock: f64 = api
+            .shell(one, "date +%s.%N")
+            .await
+            .trim()
+            .parse()
+            .expect("a time");
+        let after = now();
+        assert!(
+            before - 1.0 < clock && clock < after + 1.0,
+            "{before} {clock} {after}"
+        );
     }
     // Each goes on by itself, and their disks are their own.
     for one in children.iter().chain([&id]) {
-        let now = rounds(&api, one, 1).await;
-        rounds(&api, one, now + 3).await;
+        let done = rounds(&api, one, 1).await;
+        rounds(&api, one, done + 3).await;
         let line = format!("echo {one} >> /home/user/past; cat /home/user/past");
         assert_eq!(api.shell(one, &line).await, format!("past\n{one}\n"));
     }

@@ -27,8 +27,8 @@ const MODULES: [&str; 8] = [
     "qemu_fw_cfg",
 ];
 
-/// Prints a line five times a second: how often, the identity it reads, its network card,
-/// and what its disk holds, to which it adds the identity it finds changed.
+/// Prints a line five times a second: how often, a random number, the identity it reads, its
+/// network card, and what its disk holds, to which it adds the identity it finds changed.
 ///
 /// With `workload` on its command line it also runs a round of work before each line: files
 /// in memory are made, turned to zeros in place, freed and checked against the checksums of
@@ -78,7 +78,8 @@ while true; do
   fi
   [ -n "$work" ] && round $n
   mac=$($b cat /sys/class/net/eth0/address 2>/dev/null)
-  echo "TICK $n id=$id disk=$($b tr '\n' ',' </disk/seen) mac=$mac."
+  rnd=$($b od -An -tx8 -N8 /dev/urandom | $b tr -d ' ')
+  echo "TICK $n rnd=$rnd id=$id disk=$($b tr '\n' ',' </disk/seen) mac=$mac."
   $b sleep 0.2
 done
 "#;
