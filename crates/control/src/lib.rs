@@ -26,6 +26,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use app::{Code, Everything, Failure};
 pub use config::{ControlConfig, DEFAULT_DOMAIN};
 pub use error::ControlError;
 pub use host::{HostClient, HostTransport};
@@ -119,6 +120,22 @@ impl Control {
                 tracing::warn!(%error, "not all rows could be compared with the host");
             }
         }
+    }
+
+    /// Starts nothing new from now on, and passes no traffic on that might: this server is about
+    /// to end, and what is done to its sandboxes before is to last.
+    pub fn close(&self) {
+        self.app.close();
+    }
+
+    /// Pauses all that runs.
+    pub async fn pause_all(&self) -> Result<Everything, Failure> {
+        self.app.pause_all().await
+    }
+
+    /// Ends all there are, paused ones included.
+    pub async fn destroy_all(&self) -> Result<Everything, Failure> {
+        self.app.destroy_all().await
     }
 
     /// Ends all proxied connections of a sandbox, for a host agent in the same process that ends or
