@@ -24,6 +24,7 @@ mod isolation;
 mod leaks;
 mod lifetime;
 mod network_policy;
+mod operations;
 mod sandboxes;
 mod secured;
 mod server;
@@ -92,6 +93,9 @@ fn exclusive() -> Vec<(&'static str, Exclusive)> {
         leaks: g07_cycles_leave_nothing;
         snapshots: g02_g04_paused_sandboxes_outlive_the_server,
             g16_a_damaged_snapshot_is_named_and_not_started;
+        operations: a_drained_host_stays_drained_until_it_is_told,
+            sandboxes_are_left_as_asked_when_the_server_ends,
+            g02_agent_and_control_plane_are_killed_apart_and_lose_nothing;
         server: g02_ctrl_c_leaves_sandboxes_to_the_next_server, g02_sigkill_loses_no_sandbox,
             g06_a_machine_that_dies_is_noticed_and_explained, down_destroy_ends_everything, doctor_says_what_this_host_can_do;
     }
