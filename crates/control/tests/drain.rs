@@ -58,7 +58,7 @@ async fn a_host_that_drains_starts_nothing_and_says_so() {
 }
 
 #[tokio::test]
-async fn everything_is_paused_also_what_is_still_on_its_way() {
+async fn g44_everything_is_paused_also_what_is_still_on_its_way() {
     let bed = bed().await;
     let mut ids = Vec::new();
     for _ in 0..6 {

@@ -2,6 +2,7 @@
 
 use std::fs::{self, DirBuilder, OpenOptions, Permissions};
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use wrenn_host::remote::Listener;
 use wrenn_types::AccessToken;
 
 use super::Context;
-use super::up::host::{prepare, start_agent, token_file_in};
+use super::up::host::{make_data_dir, prepare, start_agent, token_file_in};
 use crate::args::HostArgs;
 use crate::error::{Failure, require_root};
 use crate::exit::Exit;
@@ -40,9 +41,11 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     let host = settings.host(&args.host_args, &crate::environment)?;
     let address = settings.host_agent_listen(args, &crate::environment)?;
     let mut signals = Signals::listen().map_err(|e| Failure::from_error(&e))?;
+    // Before anything that takes its time: a control plane may be looking for it.
+    let place = place(&address, &settings.data_dir)?;
     let agent = start_agent(&host, settings, printer).await?;
     let adopted = agent.alive().len();
-    let (listener, socket) = listen(&address, &settings.data_dir).await?;
+    let (listener, socket) = listen(place, &address).await?;
 
     let (stop, stopped) = oneshot::channel::<()>();
     let serving = agent.serve(listener, async move { drop(stopped.await) });
@@ -78,31 +81,46 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     outcome
 }
 
+/// Where it listens, with what it asks for there.
+enum Place {
+    Socket(PathBuf),
+    Network(SocketAddr, AccessToken),
+}
+
+fn place(address: &HostAddress, data_dir: &Path) -> Result<Place, Failure> {
+    let address = match address {
+        HostAddress::Socket(path) => return Ok(Place::Socket(path.clone())),
+        HostAddress::Network(address) => *address,
+    };
+    let path = token_file_in(data_dir);
+    let kept = make_data_dir(data_dir).and_then(|()| token(&path));
+    let token = kept.map_err(|error| {
+        Failure::message(format!(
+            "cannot keep the agent's token in {}: {error}",
+            path.display()
+        ))
+    })?;
+    Ok(Place::Network(address, token))
+}
+
 async fn listen(
-    address: &HostAddress,
-    data_dir: &Path,
+    place: Place,
+    shown: &HostAddress,
 ) -> Result<(Listener, Option<SocketFile>), Failure> {
     let failed = |error: io::Error| {
-        let failure = Failure::message(format!("cannot listen on {address}: {error}"));
+        let failure = Failure::message(format!("cannot listen on {shown}: {error}"));
         match error.kind() {
             io::ErrorKind::AddrInUse => failure.code("port_in_use"),
             _ => failure.code("listen"),
         }
     };
-    match address {
-        HostAddress::Socket(path) => {
-            let listener = bind(path).map_err(failed)?;
-            Ok((Listener::Socket(listener), Some(SocketFile(path.clone()))))
+    match place {
+        Place::Socket(path) => {
+            let listener = bind(&path).map_err(failed)?;
+            Ok((Listener::Socket(listener), Some(SocketFile(path))))
         }
-        HostAddress::Network(address) => {
+        Place::Network(address, token) => {
             let listener = TcpListener::bind(address).await.map_err(failed)?;
-            let path = token_file_in(data_dir);
-            let token = token(&path).map_err(|error| {
-                Failure::message(format!(
-                    "cannot keep the agent's token in {}: {error}",
-                    path.display()
-                ))
-            })?;
             Ok((Listener::Network(listener, token), None))
         }
     }
@@ -111,24 +129,30 @@ async fn listen(
 /// Binds a socket in a folder that is made for this user alone where it is missing. One that
 /// an agent left that was killed is replaced.
 fn bind(path: &Path) -> io::Result<UnixListener> {
-    if let Some(folder) = path.parent().filter(|folder| !folder.exists()) {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    if !folder.exists() {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(folder)?;
     }
     match fs::symlink_metadata(path) {
-        Ok(there) if there.file_type().is_socket() => match UnixStream::connect(path) {
-            Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
-            Err(_) => fs::remove_file(path)?,
-        },
-        Ok(_) => return Err(io::Error::other("there is a file that is no socket")),
+        Ok(there) if !there.file_type().is_socket() => {
+            return Err(io::Error::other("there is a file that is no socket"));
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let listener = UnixListener::bind(path)?;
-    // Also where the folder is one that others may look into.
-    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    // Nobody else can connect before the mode is set, also where the folder is others' too.
+    let private = tempfile::Builder::new().prefix(".").tempdir_in(folder)?;
+    let made = private.path().join("s");
+    let listener = UnixListener::bind(&made)?;
+    fs::set_permissions(&made, Permissions::from_mode(0o600))?;
+    fs::rename(&made, path)?;
     Ok(listener)
 }
 

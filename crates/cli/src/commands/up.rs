@@ -9,7 +9,7 @@ mod stop;
 use std::fs::{File, TryLockError};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -156,10 +156,7 @@ fn alone(data_dir: &Path) -> Result<File, Failure> {
     let path = data_dir.join("control.lock");
     let failed =
         |error: io::Error| Failure::message(format!("cannot use {}: {error}", path.display()));
-    // Passable, as the agent makes it.
-    let mut folder = std::fs::DirBuilder::new();
-    let made = folder.recursive(true).mode(0o711).create(data_dir);
-    made.map_err(failed)?;
+    host::make_data_dir(data_dir).map_err(failed)?;
     let file = File::create(&path).map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),

@@ -210,8 +210,13 @@ impl From<ConnectError> for Failure {
             Some(message) if !message.is_empty() => message.clone(),
             _ => format!("the host agent answered `{}`", error.code.as_str()),
         };
-        if matches!(code, Code::AgentError | Code::HostUnavailable) {
-            tracing::warn!(error = %chain(&error), "the host agent failed");
+        match code {
+            Code::AgentError => tracing::warn!(error = %chain(&error), "the host agent failed"),
+            // Said once, by who looks whether it is there all the time.
+            Code::HostUnavailable => {
+                tracing::debug!(error = %chain(&error), "the host agent cannot be asked");
+            }
+            _ => {}
         }
         Failure::new(code, message)
     }

@@ -105,9 +105,11 @@ pub(crate) async fn sandboxes_are_left_as_asked_when_the_server_ends(data_dir: &
     server.destroy().await;
 }
 
-/// A real `wrenn host-agent`; killed when dropped, as when a test fails.
+/// A real `wrenn host-agent`; killed when dropped, as when a test fails, and its sandboxes with
+/// it.
 struct HostAgent {
     child: Child,
+    data_dir: PathBuf,
     log: PathBuf,
 }
 
@@ -129,7 +131,11 @@ impl HostAgent {
             .stderr(file)
             .spawn()
             .expect("setpriv and wrenn start");
-        HostAgent { child, log }
+        HostAgent {
+            child,
+            data_dir: data_dir.to_owned(),
+            log,
+        }
     }
 
     fn kill(mut self) {
@@ -152,9 +158,17 @@ impl HostAgent {
 
 impl Drop for HostAgent {
     fn drop(&mut self) {
-        // It may have ended, which is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if matches!(self.child.try_wait(), Ok(None)) {
+            // These can only fail when it has ended in this moment, which is as good.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            let _ = Command::new(wrenn_binary())
+                .args(["down", "--destroy", "--data-dir"])
+                .arg(&self.data_dir)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
+        }
     }
 }
 
@@ -234,8 +248,13 @@ pub(crate) async fn g02_agent_and_control_plane_are_killed_apart_and_lose_nothin
     assert!(!socket.exists(), "the socket goes with its agent");
     let address = wrenn_e2e::free_address().to_string();
     let agent = HostAgent::start(data, &address);
+    let token = data.join("host-token");
+    eventually("a token is made", Duration::from_secs(10), || async {
+        token.exists().then_some(())
+    })
+    .await;
+    assert_eq!(mode(&token), 0o600);
     let server = Server::start_with(data, &["--host", &address]).await;
-    assert_eq!(mode(&data.join("host-token")), 0o600);
     same_machine(&server).await;
     let client = reqwest::Client::builder()
         .no_proxy()

@@ -75,6 +75,8 @@ fn machine_folder(data_dir: &Path, id: &str) -> io::Result<Option<PathBuf>> {
 
 fn document(name: &'static str, path: &Path) -> Option<Found> {
     match fs::read(path) {
+        // Made before there is anything to say, such as how a machine ended.
+        Ok(bytes) if bytes.is_empty() => None,
         // One that is damaged must not be shown as it is: nobody could tell its secrets.
         Ok(bytes) => Some(match serde_json::from_slice(&bytes) {
             Ok(value) => Found::Document(name, value),

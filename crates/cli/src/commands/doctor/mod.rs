@@ -291,8 +291,8 @@ impl Diagnosis {
                 row(
                     "draining",
                     format!(
-                        "{}: starts no sandboxes until `wrenn drain --off`",
-                        since.unwrap_or_else(|| "yes".to_owned())
+                        "begun {}: this host starts no sandboxes until `wrenn drain --off`",
+                        since.unwrap_or_default()
                     ),
                 );
             }

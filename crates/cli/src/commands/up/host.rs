@@ -1,6 +1,7 @@
 //! The host agent of this server: part of it, or a process of its own.
 
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -145,6 +146,12 @@ pub(crate) async fn prepare(agent: &HostAgent, printer: &Printer) -> Result<(), 
     with_spinner(printer, what, agent.prepare())
         .await
         .map_err(|e| Failure::from_error(&e))
+}
+
+/// Makes a data folder where it is missing: passable, as the agent makes it.
+pub(crate) fn make_data_dir(data_dir: &Path) -> io::Result<()> {
+    let mut folder = std::fs::DirBuilder::new();
+    folder.recursive(true).mode(0o711).create(data_dir)
 }
 
 /// The file with the token that an agent at a network address asks for.
