@@ -4,14 +4,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use wrenn_store::{SandboxRow, Timestamp};
 use wrenn_types::{SandboxId, SandboxState};
 use wrenn_wire::wrenn::host::v1 as wire;
 
-use super::sandboxes::{finish, options};
+use super::sandboxes::{finish, options, wrong_state};
 use super::{App, Code, Destroyed, Failure};
 
 /// Pauses at the same time: each writes what its guest has changed to one and the same disk.
@@ -22,6 +22,9 @@ const ENDS_AT_ONCE: usize = 8;
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// A sandbox that somebody else is at work on each time is given up after so many looks.
 const MOST_TRIES: u32 = 20;
+/// What does not get on for so long, such as when its host is away, is given up. A machine of a
+/// new shape takes its time to start.
+const STUCK_AFTER: Duration = Duration::from_secs(330);
 /// The host writes a small file.
 const SET_WITHIN: Duration = Duration::from_secs(10);
 
@@ -89,6 +92,7 @@ impl App {
     async fn pause_running(self: &Arc<Self>) -> Result<Everything, Failure> {
         let mut all = Everything::default();
         let mut tries: BTreeMap<SandboxId, u32> = BTreeMap::new();
+        let mut got_on = Instant::now();
         loop {
             let rows = self.store.living_sandboxes().await?;
             let given_up = |row: &SandboxRow| all.failed.iter().any(|(id, _)| *id == row.id);
@@ -97,6 +101,11 @@ impl App {
                 .filter(|row| occupies(row.state) && !given_up(row))
                 .collect();
             if open.is_empty() {
+                return Ok(all);
+            }
+            if got_on.elapsed() > STUCK_AFTER {
+                let stuck = open.iter().map(|row| (row.id, wrong_state(row, "paused")));
+                all.failed.extend(stuck);
                 return Ok(all);
             }
             let running = open
@@ -125,8 +134,9 @@ impl App {
                 }
             }
             drop(pauses);
-            if !progress {
-                tokio::time::sleep(LOOK_AGAIN).await;
+            match progress {
+                true => got_on = Instant::now(),
+                false => tokio::time::sleep(LOOK_AGAIN).await,
             }
         }
     }

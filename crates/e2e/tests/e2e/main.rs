@@ -77,6 +77,7 @@ fn shared() -> Vec<(&'static str, Shared)> {
             g23_forks_share_their_past_and_nothing_else, a_sandbox_goes_back_to_its_checkpoint,
             a_snapshot_is_a_template_and_outlives_its_sandbox,
             g09_time_pauses_where_asked_and_traffic_wakes;
+        operations: g40_a_bundle_of_a_real_sandbox_holds_no_secret;
         freeze: g26_a_pause_in_the_middle_of_everything, a_checkpoint_in_the_middle_breaks_nothing;
         e2b: the_published_python_client_works, the_published_node_client_works;
     }

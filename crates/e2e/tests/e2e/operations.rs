@@ -10,6 +10,47 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use wrenn_e2e::{Cli, HostState, Server, eventually, wrenn_binary};
 
+pub(crate) async fn g40_a_bundle_of_a_real_sandbox_holds_no_secret(server: &Server) {
+    let variable = "correct horse battery staple";
+    let api = server.api();
+    let body = json!({"env": {"PASSPHRASE": variable}});
+    let id = api.create(&body).await;
+    let line = "echo mine: $PASSPHRASE | sudo tee /dev/console";
+    api.shell(&id, line).await;
+    let folder = server.machine_folder(&id).expect("a machine's folder");
+    let mut secrets = vec![variable.to_owned(), server.key()[4..].to_owned()];
+    for (file, field) in [
+        ("record.json", "host_token"),
+        ("sandbox.json", "access_token"),
+    ] {
+        let text = fs::read(folder.join(file)).expect("the host's file");
+        let value: Value = serde_json::from_slice(&text).expect("JSON");
+        secrets.extend(value[field].as_str().map(str::to_owned));
+    }
+    assert!(secrets.len() >= 3, "the host's token was not found");
+    let out = tempfile::tempdir().expect("a folder");
+    let file = out.path().join("bundle.tar.gz");
+    let name = file.to_str().expect("a path in UTF-8");
+    let cli = server.cli();
+    cli.run(&["debug", &id, "--out", name]).await.expect_code(0);
+    let unpacked = Command::new("tar").arg("xzOf").arg(&file).output();
+    let text = unpacked.expect("tar runs").stdout;
+    let text = String::from_utf8_lossy(&text);
+    for secret in &secrets {
+        assert!(!text.contains(secret.as_str()), "{secret} is in the bundle");
+    }
+    for part in [
+        "mine: [redacted]",
+        "\"PASSPHRASE\"",
+        "\"started\"",
+        "\"slot\"",
+        &id,
+    ] {
+        assert!(text.contains(part), "{part} is not in the bundle:\n{text}");
+    }
+    api.destroy(&id).await;
+}
+
 /// A file in the guest, to be found again.
 async fn mark(server: &Server, id: &str) {
     server.api().shell(id, "echo mine > /home/user/mark").await;
