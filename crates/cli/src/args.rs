@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, chaos, doctor, down, gc, image, keeper, run, sandbox, snapshot, up, version,
+    bench, chaos, debug, doctor, down, drain, gc, host_agent, image, keeper, run, sandbox, service,
+    snapshot, up, version,
 };
-use crate::settings::{ColorChoice, LogFormat};
+use crate::settings::{AcceleratorChoice, ColorChoice, LogFormat, VmmChoice};
 
 /// Virtual machines for AI agents, on your own machines.
 ///
@@ -48,9 +49,26 @@ pub(crate) struct GlobalArgs {
     /// When to use colours: auto, always, never [env: WRENN_COLOR, NO_COLOR] [default: auto]
     #[arg(long, global = true, value_name = "WHEN", hide_possible_values = true)]
     pub(crate) color: Option<ColorChoice>,
-    /// Form of log lines on stderr: text, json; WRENN_LOG or RUST_LOG says what is logged [env: WRENN_LOG_FORMAT] [default: text]
+    /// What to log on stderr: error, warn, info, debug, trace, also by module, as in RUST_LOG [env: WRENN_LOG, RUST_LOG] [default: warn; info for servers]
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+    /// Form of log lines: text, json [env: WRENN_LOG_FORMAT] [default: text]
     #[arg(long, global = true, value_name = "FORM", hide_possible_values = true)]
     pub(crate) log_format: Option<LogFormat>,
+}
+
+/// Options of whatever runs the agent of a host.
+#[derive(Debug, Default, Args)]
+pub(crate) struct HostArgs {
+    /// Virtual machine monitor to use [env: WRENN_VMM] [default: auto]
+    #[arg(long)]
+    pub(crate) vmm: Option<VmmChoice>,
+    /// What executes the guests' instructions [env: WRENN_ACCELERATOR] [default: auto]
+    #[arg(long)]
+    pub(crate) accelerator: Option<AcceleratorChoice>,
+    /// Warmed machines that wait for a sandbox [env: WRENN_POOL_SIZE] [default: by what the host has]
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) pool_size: Option<u32>,
 }
 
 /// How data is printed.
@@ -65,8 +83,15 @@ pub(crate) struct OutputArgs {
 pub(crate) enum Command {
     /// Start the server on this machine and stay in the foreground
     Up(up::Args),
-    /// Stop the server on this machine; its sandboxes stay unless `--destroy`
+    /// Stop the server on this machine; its sandboxes stay unless it is said otherwise
     Down(down::Args),
+    /// Start no sandboxes any more, and pause those that run or wait for their end
+    Drain(drain::Args),
+    /// Run the agent of this host as a process of its own, for `wrenn up --host`
+    HostAgent(host_agent::Args),
+    /// Have systemd run the server
+    #[command(subcommand)]
+    Service(service::Command),
     /// Show what this machine can do, what will be used, and how to get more
     Doctor(doctor::Args),
     /// Remove what no sandbox, template or image needs any more
@@ -82,6 +107,8 @@ pub(crate) enum Command {
     /// Make templates of sandboxes, and manage them
     #[command(subcommand)]
     Snapshot(snapshot::Command),
+    /// Collect what explains a sandbox into one file, without secrets
+    Debug(debug::Args),
     /// Measure this installation
     #[command(subcommand)]
     Bench(bench::Command),
@@ -99,6 +126,8 @@ impl Command {
     pub(crate) fn json(&self) -> bool {
         match self {
             Command::Down(args) => args.output.json,
+            Command::Drain(args) => args.output.json,
+            Command::Debug(args) => args.output.json,
             Command::Doctor(args) => args.output.json,
             Command::Gc(args) => args.output.json,
             Command::Image(command) => command.json(),
@@ -107,7 +136,8 @@ impl Command {
             Command::Bench(command) => command.json(),
             Command::Chaos(args) => args.output.json,
             Command::Version(args) => args.output.json,
-            Command::Up(_) | Command::Run(_) | Command::Keeper(_) => false,
+            Command::Up(_) | Command::HostAgent(_) | Command::Service(_) => false,
+            Command::Run(_) | Command::Keeper(_) => false,
         }
     }
 }

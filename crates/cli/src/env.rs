@@ -31,6 +31,14 @@ pub(crate) const POOL_SIZE: &str = "WRENN_POOL_SIZE";
 /// A file: the server ends itself, as by a crash, at the step that is written in it. For
 /// `wrenn chaos`.
 pub(crate) const CRASH_FILE: &str = "WRENN_CRASH_FILE";
+/// What becomes of the sandboxes when the server ends: `keep`, `pause` or `destroy`.
+pub(crate) const ON_STOP: &str = "WRENN_ON_STOP";
+/// Where the host agent of `wrenn up` is, if it is a process of its own.
+pub(crate) const HOST: &str = "WRENN_HOST";
+/// The file with the token that such an agent asks for at a network address.
+pub(crate) const HOST_TOKEN_FILE: &str = "WRENN_HOST_TOKEN_FILE";
+/// Where `wrenn host-agent` listens.
+pub(crate) const HOST_LISTEN: &str = "WRENN_HOST_LISTEN";
 /// Where a person's configuration lives (XDG base directories).
 pub(crate) const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
 /// The person's folder, where `XDG_CONFIG_HOME` is not set.

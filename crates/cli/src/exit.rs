@@ -5,7 +5,7 @@
 //! | 0 | done |
 //! | 1 | it failed; the message says why |
 //! | 2 | wrong usage |
-//! | 124 | `run`, `exec`: the time limit that was asked for is over |
+//! | 124 | `run`, `exec`, `drain --wait`: the time limit that was asked for is over |
 //! | 125 | `run`, `exec`, `shell`: Wrenn itself failed, so nothing is known about the command |
 //! | 126 | `run`, `exec`, `shell`: the command is there but cannot be executed |
 //! | 127 | `run`, `exec`, `shell`: no such command in the sandbox |

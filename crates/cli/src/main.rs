@@ -6,7 +6,7 @@
 //!                                            client (HTTP, WebSocket) ◀──┴──▶ crates of the server
 //! ```
 //!
-//! Everything but `up`, `keeper`, `doctor`, `image` and `gc` is a client of the API and
+//! Everything but `up`, `host-agent`, `keeper`, `service`, `doctor`, `image` and `gc` is a client of the API and
 //! works from another machine as well. `exit` lists the exit codes, `env` the environment
 //! variables, `settings` the configuration file.
 
@@ -17,6 +17,7 @@ mod env;
 mod error;
 mod exit;
 mod guest_programs;
+mod host_address;
 mod logging;
 mod output;
 mod server_file;
@@ -62,7 +63,10 @@ fn environment(name: &str) -> Option<String> {
 fn run(command: Command, context: Context) -> Result<ExitCode, Failure> {
     logging::start(
         &context.settings,
-        matches!(command, Command::Up(_) | Command::Keeper(_)),
+        matches!(
+            command,
+            Command::Up(_) | Command::HostAgent(_) | Command::Keeper(_)
+        ),
     )?;
     // The keeper forks and drops rights, for which there must be no other thread yet.
     if let Command::Keeper(args) = &command {
@@ -77,7 +81,7 @@ fn run(command: Command, context: Context) -> Result<ExitCode, Failure> {
 
 fn runtime(command: &Command) -> Result<Runtime, Failure> {
     let mut builder = match command {
-        Command::Up(_) => Builder::new_multi_thread(),
+        Command::Up(_) | Command::HostAgent(_) => Builder::new_multi_thread(),
         _ => Builder::new_current_thread(),
     };
     builder
@@ -92,7 +96,11 @@ async fn dispatch(command: Command, context: &Context) -> Result<Exit, Failure> 
             let up = context.settings.up(&args, &environment)?;
             commands::up::run(&args, &up, &context.settings, &context.printer).await
         }
+        Command::HostAgent(args) => commands::host_agent::run(&args, context).await,
         Command::Down(args) => commands::down::run(&args, context).await,
+        Command::Drain(args) => commands::drain::run(&args, context).await,
+        Command::Debug(args) => commands::debug::run(&args, context).await,
+        Command::Service(command) => command.run(context),
         Command::Doctor(args) => commands::doctor::run(&args, context),
         Command::Gc(args) => commands::gc::run(&args, context).await,
         Command::Image(command) => command.run(context).await,

@@ -1,10 +1,13 @@
-//! `server.json`: the note a server leaves in its data folder, `{"address", "pid"}`.
+//! `server.json`: the note a server leaves in its data folder, `{"address", "pid",
+//! "on_stop"}`.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+
+use crate::settings::OnStop;
 
 const NAME: &str = "server.json";
 
@@ -36,6 +39,9 @@ pub(crate) struct ServerFile {
     pub(crate) address: String,
     /// The process.
     pub(crate) pid: i32,
+    /// What it does with its sandboxes when it ends.
+    #[serde(default)]
+    pub(crate) on_stop: OnStop,
 }
 
 impl ServerFile {
@@ -83,6 +89,7 @@ mod tests {
             ServerFile {
                 address: address.to_owned(),
                 pid: 1,
+                on_stop: OnStop::Keep,
             }
             .url()
         };

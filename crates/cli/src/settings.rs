@@ -1,4 +1,4 @@
-//! Where a setting comes from, decided once.
+//! Where a setting comes from, decided once. docs/operations.md has the table of all of them.
 //!
 //! A flag wins over its environment variable, that over the configuration file, that over
 //! the default. The configuration file is the one named by `--config` or `WRENN_CONFIG`,
@@ -20,6 +20,12 @@
 //! vmm = "auto"              # qemu, firecracker
 //! accelerator = "auto"      # kvm, tcg
 //! pool_size = 2
+//! on_stop = "keep"          # pause, destroy
+//! host = "/run/wrenn/agent.sock"
+//! host_token_file = "/etc/wrenn/host-token"
+//!
+//! [host_agent]              # and of [up]: vmm, accelerator, pool_size
+//! listen = "/run/wrenn/agent.sock"
 //! ```
 
 use std::fs;
@@ -28,12 +34,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use wrenn_types::{ApiKey, SecretError};
 
-use crate::args::GlobalArgs;
-use crate::commands::up;
+use crate::args::{GlobalArgs, HostArgs};
+use crate::commands::{host_agent, up};
 use crate::env;
+use crate::host_address::HostAddress;
 
 /// The data folder where nothing else is said.
 pub(crate) const DEFAULT_DATA_DIR: &str = "/var/lib/wrenn";
@@ -97,6 +104,19 @@ pub(crate) enum AcceleratorChoice {
     Tcg,
 }
 
+/// What becomes of the sandboxes when the server is told to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OnStop {
+    /// They run on, and the next server takes them over.
+    #[default]
+    Keep,
+    /// Those that run are paused.
+    Pause,
+    /// All are ended, paused ones included.
+    Destroy,
+}
+
 /// Why the settings cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SettingsError {
@@ -147,6 +167,8 @@ struct FileConfig {
     log_format: Option<LogFormat>,
     #[serde(default)]
     up: FileUp,
+    #[serde(default)]
+    host_agent: FileHostAgent,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
@@ -157,6 +179,15 @@ struct FileUp {
     vmm: Option<VmmChoice>,
     accelerator: Option<AcceleratorChoice>,
     pool_size: Option<u32>,
+    on_stop: Option<OnStop>,
+    host: Option<HostAddress>,
+    host_token_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileHostAgent {
+    listen: Option<HostAddress>,
 }
 
 /// What every command may want to know.
@@ -168,6 +199,8 @@ pub(crate) struct Settings {
     pub(crate) api_key: Option<(ApiKey, String)>,
     /// The server's data folder on this machine.
     pub(crate) data_dir: PathBuf,
+    /// The configuration file, where one was named and not just found.
+    pub(crate) config: Option<PathBuf>,
     /// Whether to colour.
     pub(crate) color: ColorChoice,
     /// What to log, in the syntax of `tracing_subscriber::EnvFilter`.
@@ -175,6 +208,18 @@ pub(crate) struct Settings {
     /// How to log.
     pub(crate) log_format: LogFormat,
     up: FileUp,
+    host_agent: FileHostAgent,
+}
+
+/// What an agent of a host runs with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostSettings {
+    /// Which virtual machine monitor.
+    pub(crate) vmm: VmmChoice,
+    /// Which accelerator.
+    pub(crate) accelerator: AcceleratorChoice,
+    /// How many warmed machines wait for a sandbox; `None`: chosen by what the host has.
+    pub(crate) pool_size: Option<u32>,
 }
 
 /// What `wrenn up` runs with.
@@ -184,12 +229,14 @@ pub(crate) struct UpSettings {
     pub(crate) listen: SocketAddr,
     /// The domain whose sub-domains are sandbox ports.
     pub(crate) domain: String,
-    /// Which virtual machine monitor.
-    pub(crate) vmm: VmmChoice,
-    /// Which accelerator.
-    pub(crate) accelerator: AcceleratorChoice,
-    /// How many warmed machines wait for a sandbox; `None`: chosen by what the host has.
-    pub(crate) pool_size: Option<u32>,
+    /// Of the host agent, if it is part of this server.
+    pub(crate) host: HostSettings,
+    /// Where the host agent is, if it is a process of its own.
+    pub(crate) agent: Option<HostAddress>,
+    /// The file with the token that such an agent asks for at a network address.
+    pub(crate) agent_token_file: Option<PathBuf>,
+    /// What becomes of the sandboxes when it is told to end.
+    pub(crate) on_stop: OnStop,
 }
 
 /// Environment variables by name, so that tests bring their own.
@@ -247,10 +294,17 @@ impl Settings {
                     .or(file.data_dir)
                     .unwrap_or_else(|| PathBuf::from(DEFAULT_DATA_DIR)),
             ),
+            config: named(flags.config.as_deref(), env),
             color,
-            log: var(env::LOG).or(var(env::RUST_LOG)).or(file.log),
+            log: flags
+                .log
+                .clone()
+                .or(var(env::LOG))
+                .or(var(env::RUST_LOG))
+                .or(file.log),
             log_format,
             up: file.up,
+            host_agent: file.host_agent,
         })
     }
 
@@ -275,6 +329,34 @@ impl Settings {
                 .or(var(env::DOMAIN))
                 .or(file.domain.clone())
                 .unwrap_or_else(|| DEFAULT_DOMAIN.to_owned()),
+            host: self.host(&flags.host_args, env)?,
+            agent: match &flags.host {
+                Some(agent) => Some(agent.clone()),
+                None => address(env::HOST, var(env::HOST))?.or(file.host.clone()),
+            },
+            agent_token_file: flags
+                .host_token_file
+                .clone()
+                .or(var(env::HOST_TOKEN_FILE).map(PathBuf::from))
+                .or(file.host_token_file.clone()),
+            on_stop: match flags.on_stop {
+                Some(on_stop) => on_stop,
+                None => choice(env::ON_STOP, var(env::ON_STOP))?
+                    .or(file.on_stop)
+                    .unwrap_or_default(),
+            },
+        })
+    }
+
+    /// Merges what concerns the agent of a host.
+    pub(crate) fn host(
+        &self,
+        flags: &HostArgs,
+        env: Environment<'_>,
+    ) -> Result<HostSettings, SettingsError> {
+        let var = |name: &'static str| env(name).filter(|value| !value.is_empty());
+        let file = &self.up;
+        Ok(HostSettings {
             vmm: match flags.vmm {
                 Some(vmm) => vmm,
                 None => choice(env::VMM, var(env::VMM))?
@@ -293,6 +375,21 @@ impl Settings {
                     .or(file.pool_size),
             },
         })
+    }
+
+    /// Where `wrenn host-agent` listens.
+    pub(crate) fn host_agent_listen(
+        &self,
+        flags: &host_agent::Args,
+        env: Environment<'_>,
+    ) -> Result<HostAddress, SettingsError> {
+        if let Some(listen) = &flags.listen {
+            return Ok(listen.clone());
+        }
+        let said = env(env::HOST_LISTEN).filter(|value| !value.is_empty());
+        Ok(address(env::HOST_LISTEN, said)?
+            .or(self.host_agent.listen.clone())
+            .unwrap_or_else(|| HostAddress::default_in(&self.data_dir)))
     }
 }
 
@@ -322,6 +419,21 @@ fn choice<T: ValueEnum>(
     })
 }
 
+fn address(
+    variable: &'static str,
+    value: Option<String>,
+) -> Result<Option<HostAddress>, SettingsError> {
+    let Some(value) = value else { return Ok(None) };
+    match value.parse() {
+        Ok(address) => Ok(Some(address)),
+        Err(error) => Err(SettingsError::Variable {
+            variable,
+            expected: format!("is no place of a host agent: {error}"),
+            value,
+        }),
+    }
+}
+
 fn parsed<T: std::str::FromStr>(
     variable: &'static str,
     value: Option<String>,
@@ -338,15 +450,18 @@ fn parsed<T: std::str::FromStr>(
     }
 }
 
+/// The configuration file that was asked for.
+fn named(flag: Option<&Path>, env: Environment<'_>) -> Option<PathBuf> {
+    let var = env(env::CONFIG).filter(|value| !value.is_empty());
+    flag.map(Path::to_path_buf).or(var.map(PathBuf::from))
+}
+
 fn read_config(
     flag: Option<&Path>,
     env: Environment<'_>,
 ) -> Result<(FileConfig, PathBuf), SettingsError> {
     let var = |name: &str| env(name).filter(|value| !value.is_empty());
-    let named = flag
-        .map(Path::to_path_buf)
-        .or(var(env::CONFIG).map(PathBuf::from));
-    if let Some(path) = named {
+    if let Some(path) = named(flag, env) {
         // A file that was asked for must be there.
         let text = fs::read_to_string(&path).map_err(|source| SettingsError::Read {
             path: path.clone(),
@@ -393,157 +508,4 @@ fn parse_config(path: &Path, text: &str) -> Result<FileConfig, SettingsError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn environment(
-        pairs: &'static [(&'static str, &'static str)],
-    ) -> impl Fn(&str) -> Option<String> {
-        move |name| {
-            pairs
-                .iter()
-                .find(|(n, _)| *n == name)
-                .map(|(_, v)| (*v).to_owned())
-        }
-    }
-
-    fn config(text: &str) -> (tempfile::TempDir, GlobalArgs) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("config.toml");
-        fs::write(&path, text).unwrap();
-        let flags = GlobalArgs {
-            config: Some(path),
-            ..GlobalArgs::default()
-        };
-        (folder, flags)
-    }
-
-    #[test]
-    fn a_data_folder_is_the_same_from_everywhere() {
-        let (_folder, mut flags) = config("");
-        flags.data_dir = Some("some/folder".into());
-        let settings = Settings::resolve(&flags, &|_| None).unwrap();
-        let here = std::env::current_dir().unwrap();
-        assert_eq!(settings.data_dir, here.join("some/folder"));
-    }
-
-    #[test]
-    fn flag_wins_over_variable_over_file_over_default() {
-        let (_folder, mut flags) =
-            config("url = 'http://file'\ndata_dir = '/file'\n[up]\npool_size = 1\n");
-        let env = environment(&[("WRENN_URL", "http://variable"), ("WRENN_POOL_SIZE", "2")]);
-        let mut up = up::Args::default();
-
-        let settings = Settings::resolve(&flags, &|_| None).unwrap();
-        assert_eq!(settings.url.as_deref(), Some("http://file"));
-        assert_eq!(settings.data_dir, Path::new("/file"));
-        assert_eq!(settings.up(&up, &|_| None).unwrap().pool_size, Some(1));
-
-        let settings = Settings::resolve(&flags, &env).unwrap();
-        assert_eq!(settings.url.as_deref(), Some("http://variable"));
-        assert_eq!(settings.data_dir, Path::new("/file"));
-        assert_eq!(settings.up(&up, &env).unwrap().pool_size, Some(2));
-
-        flags.url = Some("http://flag".to_owned());
-        up.pool_size = Some(3);
-        let settings = Settings::resolve(&flags, &env).unwrap();
-        assert_eq!(settings.url.as_deref(), Some("http://flag"));
-        assert_eq!(settings.up(&up, &env).unwrap().pool_size, Some(3));
-
-        let (folder, flags) = config("");
-        drop(folder);
-        assert!(
-            Settings::resolve(&flags, &|_| None).is_err(),
-            "a file that was named must be there"
-        );
-        let (_folder, flags) = config("");
-        let settings = Settings::resolve(&flags, &|_| None).unwrap();
-        assert_eq!(
-            (settings.url.as_deref(), settings.data_dir.as_path()),
-            (None, Path::new(DEFAULT_DATA_DIR))
-        );
-        let up = settings.up(&up::Args::default(), &|_| None).unwrap();
-        assert_eq!(up.listen, DEFAULT_LISTEN);
-        assert_eq!(
-            (up.vmm, up.accelerator, up.pool_size),
-            (VmmChoice::Auto, AcceleratorChoice::Auto, None)
-        );
-    }
-
-    #[test]
-    fn empty_variables_count_as_unset() {
-        let (_folder, flags) = config("url = 'http://file'");
-        let settings =
-            Settings::resolve(&flags, &environment(&[("WRENN_URL", ""), ("NO_COLOR", "")]))
-                .unwrap();
-        assert_eq!(settings.url.as_deref(), Some("http://file"));
-        assert_eq!(settings.color, ColorChoice::Auto);
-    }
-
-    #[test]
-    fn unknown_keys_are_refused_by_name_and_line() {
-        let (_folder, flags) = config("url = 'http://x'\nlisten = '127.0.0.1:1'\n");
-        let error = Settings::resolve(&flags, &|_| None)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("line 2") && error.contains("`listen`"),
-            "{error}"
-        );
-        let (_folder, flags) = config("[up]\nport = 1\n");
-        let error = Settings::resolve(&flags, &|_| None)
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("`port`"), "{error}");
-    }
-
-    #[test]
-    fn g40_a_wrong_key_is_not_repeated() {
-        let (_folder, flags) = config("");
-        let env = environment(&[("WRENN_API_KEY", "hunter2")]);
-        let error = Settings::resolve(&flags, &env).unwrap_err();
-        let text = format!("{error} {error:?}");
-        assert!(
-            text.contains("WRENN_API_KEY") && !text.contains("hunter2"),
-            "{text}"
-        );
-        let (_folder, flags) = config("api_key = 'hunter2\n");
-        let error = Settings::resolve(&flags, &|_| None)
-            .unwrap_err()
-            .to_string();
-        assert!(!error.contains("hunter2"), "{error}");
-    }
-
-    #[test]
-    fn wrong_words_name_the_right_ones() {
-        let (_folder, flags) = config("");
-        let env = environment(&[("WRENN_COLOR", "blue")]);
-        let error = Settings::resolve(&flags, &env).unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "WRENN_COLOR is wrong: `blue` is none of `auto`, `always`, `never`"
-        );
-        let settings = Settings::resolve(&flags, &|_| None).unwrap();
-        let env = environment(&[("WRENN_LISTEN", "3000")]);
-        let error = settings
-            .up(&up::Args::default(), &env)
-            .unwrap_err()
-            .to_string();
-        assert_eq!(error, "WRENN_LISTEN is wrong: `3000` is no `address:port`");
-    }
-
-    #[test]
-    fn no_color_wins_over_the_file_but_not_over_a_flag() {
-        let (_folder, mut flags) = config("color = 'always'");
-        let env = environment(&[("NO_COLOR", "1")]);
-        assert_eq!(
-            Settings::resolve(&flags, &env).unwrap().color,
-            ColorChoice::Never
-        );
-        flags.color = Some(ColorChoice::Always);
-        assert_eq!(
-            Settings::resolve(&flags, &env).unwrap().color,
-            ColorChoice::Always
-        );
-    }
-}
+mod tests;

@@ -26,6 +26,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use app::{Code, Everything, Failure};
 pub use config::{ControlConfig, DEFAULT_DOMAIN};
 pub use error::ControlError;
 pub use host::{HostClient, HostTransport};
@@ -104,21 +105,39 @@ impl Control {
     /// Stores what happens as it happens. What moved a sandbox is looked at at once, and not at
     /// the next round.
     async fn follow_forever(&self) {
+        let mut said = Said::new("the host's events could not be fetched");
         loop {
             let news = match self.app.follow_events(true).await {
                 Ok(news) => news,
                 Err(error) => {
-                    tracing::warn!(%error, "the host's events could not be fetched");
+                    said.failed(&error);
                     tokio::time::sleep(self.app.config.reconcile_every).await;
                     continue;
                 }
             };
+            said.worked();
             if news.moved
                 && let Err(error) = self.reconcile().await
             {
                 tracing::warn!(%error, "not all rows could be compared with the host");
             }
         }
+    }
+
+    /// Starts nothing new from now on, and passes no traffic on that might: this server is about
+    /// to end, and what is done to its sandboxes before is to last.
+    pub fn close(&self) {
+        self.app.close();
+    }
+
+    /// Pauses all that runs.
+    pub async fn pause_all(&self) -> Result<Everything, Failure> {
+        self.app.pause_all().await
+    }
+
+    /// Ends all there are, paused ones included.
+    pub async fn destroy_all(&self) -> Result<Everything, Failure> {
+        self.app.destroy_all().await
     }
 
     /// Ends all proxied connections of a sandbox, for a host agent in the same process that ends or
@@ -135,9 +154,11 @@ impl Control {
     ) -> Result<(), ControlError> {
         let control = self.clone();
         let rounds = tokio::spawn(async move {
+            let mut said = Said::new("not all rows could be compared with the host");
             loop {
-                if let Err(e) = control.reconcile().await {
-                    tracing::warn!(error = %e, "not all rows could be compared with the host");
+                match control.reconcile().await {
+                    Ok(()) => said.worked(),
+                    Err(error) => said.failed(&error),
                 }
                 tokio::time::sleep(control.app.config.reconcile_every).await;
             }
@@ -167,6 +188,33 @@ impl Control {
         follower.abort();
         self.app.store.close().await;
         served
+    }
+}
+
+/// Something that is tried again and again: it is logged when it begins to fail, when it fails
+/// for another reason, and when it works again.
+struct Said {
+    what: &'static str,
+    why: Option<String>,
+}
+
+impl Said {
+    fn new(what: &'static str) -> Self {
+        Said { what, why: None }
+    }
+
+    fn failed(&mut self, error: &dyn std::error::Error) {
+        let why = error.to_string();
+        if self.why.as_ref() != Some(&why) {
+            tracing::warn!(error = %why, "{}", self.what);
+            self.why = Some(why);
+        }
+    }
+
+    fn worked(&mut self) {
+        if self.why.take().is_some() {
+            tracing::info!(before = self.what, "works again");
+        }
     }
 }
 

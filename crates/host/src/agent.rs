@@ -20,6 +20,7 @@ use wrenn_wire::wrenn::host::v1::HostServiceExt;
 use crate::activity::InUse;
 use crate::cgroups::Cgroups;
 use crate::config::HostConfig;
+use crate::drain::Drain;
 use crate::events::EventLog;
 use crate::guest::chain;
 use crate::machine::{MachineError, Site, machine_folders, name_of, record_in};
@@ -91,6 +92,7 @@ pub struct Parts {
     pub(crate) snapshots: Arc<Snapshots>,
     pub(crate) manager: Arc<Manager>,
     pub(crate) events: Arc<EventLog>,
+    pub(crate) drain: Arc<Drain>,
 }
 
 /// Holds the data folder for this process.
@@ -281,6 +283,14 @@ impl HostAgent {
             source,
         })?;
         let events = Arc::new(events);
+        let drain = Drain::open(&config.data_dir).map_err(|source| AgentError::DataDir {
+            path: config.data_dir.clone(),
+            source,
+        })?;
+        if drain.since().is_some() {
+            tracing::warn!("this host drains and starts nothing until `wrenn drain --off`");
+        }
+        let drain = Arc::new(drain);
         let manager = Arc::new(Manager::new(Arc::new(Common {
             site: site.clone(),
             templates: templates.clone(),
@@ -289,6 +299,7 @@ impl HostAgent {
             merges: tokio::sync::Semaphore::new(1),
             restores: tokio::sync::Semaphore::new(cpus * RESTORES_PER_CPU),
             events: events.clone(),
+            drain: drain.clone(),
         })));
         let in_use = adopt_all(&config, &manager, &snapshots).await?;
         sweep_cgroups(&site).await?;
@@ -315,6 +326,7 @@ impl HostAgent {
             snapshots,
             manager,
             events,
+            drain,
         });
         Ok(HostAgent {
             parts,

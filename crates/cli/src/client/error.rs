@@ -183,6 +183,7 @@ impl ClientError {
             }
             ClientError::UnknownTemplate { known, .. } => format!("there are: {}", known.join(", ")),
             ClientError::Api { code, .. } => match code.as_str() {
+                "draining" => "`wrenn drain --off` has it start sandboxes again".to_owned(),
                 "no_space" => "`wrenn gc` removes what nothing needs".to_owned(),
                 "host_unavailable" | "no_hosts_available" => "`wrenn doctor` shows what this host can do".to_owned(),
                 _ => return Vec::new(),

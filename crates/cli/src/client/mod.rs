@@ -184,9 +184,36 @@ impl Client {
 
     /// What the host has and runs.
     pub(crate) async fn host(&self) -> Result<HostInfo, ClientError> {
-        let request = self.lookup(&["v1", "host"]);
-        let value = self.json(request).await?;
-        wire::read(value, "/v1/host")
+        wire::read(self.host_json().await?, "/v1/host")
+    }
+
+    /// The same in the server's own words.
+    pub(crate) async fn host_json(&self) -> Result<Value, ClientError> {
+        self.json(self.lookup(&["v1", "host"])).await
+    }
+
+    /// An answer's body to its end.
+    pub(crate) async fn read_bytes(&self, answer: Response) -> Result<Vec<u8>, ClientError> {
+        let body = answer.bytes().await;
+        Ok(body.map_err(|error| self.transport(error))?.to_vec())
+    }
+
+    /// Has the host drain, or drain no more. Answers since when it does.
+    pub(crate) async fn set_draining(&self, draining: bool) -> Result<Option<String>, ClientError> {
+        let method = if draining {
+            Method::PUT
+        } else {
+            Method::DELETE
+        };
+        let request = self.request(method, &["v1", "host", "drain"]);
+        let answer = self.json(request.timeout(LOOKUP_TIMEOUT)).await?;
+        Ok(answer["draining_since"].as_str().map(str::to_owned))
+    }
+
+    /// Pauses all that runs on the host; the server's own words about which and which not.
+    pub(crate) async fn pause_all(&self) -> Result<Value, ClientError> {
+        let request = self.request(Method::POST, &["v1", "host", "pause"]);
+        self.json(request).await
     }
 }
 

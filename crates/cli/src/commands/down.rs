@@ -18,17 +18,23 @@ use super::sandbox::kill::destroy_all;
 use crate::args::OutputArgs;
 use crate::error::{Failure, require_root};
 use crate::exit::Exit;
-use crate::output::with_spinner;
+use crate::output::{sandboxes, with_spinner};
 use crate::server_file::ServerFile;
+use crate::settings::OnStop;
 
 /// A server ends what is under way before it goes.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The same where it pauses or ends all its sandboxes by itself.
+const PATIENCE_FOR_SANDBOXES: Duration = Duration::from_secs(600);
 /// The note is written after the process has started; clocks are read to the second.
 const SLACK: Duration = Duration::from_secs(2);
 
 /// Options of `wrenn down`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
+    /// Pause all sandboxes first
+    #[arg(long, conflicts_with = "destroy")]
+    pause: bool,
     /// End all sandboxes first
     #[arg(long)]
     destroy: bool,
@@ -87,6 +93,11 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
             }
         }
         left = Some(Vec::new());
+    } else if args.pause {
+        pause(&note, context).await?;
+        left = Some(Vec::new());
+    } else if note.on_stop != OnStop::Keep {
+        left = Some(Vec::new());
     } else if let Ok(client) = context.client()
         && let Ok(sandboxes) = client.list_sandboxes(&[]).await
     {
@@ -98,14 +109,23 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
                 .collect(),
         );
     }
+    let patience = match note.on_stop {
+        OnStop::Keep => PATIENCE,
+        OnStop::Pause | OnStop::Destroy => PATIENCE_FOR_SANDBOXES,
+    };
 
     server.terminate()?;
-    let stopped = with_spinner(&context.printer, "stopping the server", server.gone()).await?;
+    let stopped = with_spinner(
+        &context.printer,
+        "stopping the server",
+        server.gone(patience),
+    )
+    .await?;
     if !stopped {
         return Err(Failure::message(format!(
             "the server (process {}) has not ended within {} s",
             note.pid,
-            PATIENCE.as_secs()
+            patience.as_secs()
         ))
         .hint(format!(
             "its log says what it is doing; `kill -9 {}` loses nothing that runs",
@@ -122,6 +142,9 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
         .printer
         .line(format!("stopped the server at {}", note.url()));
     match left {
+        Some(left) if left.is_empty() && note.on_stop == OnStop::Pause => context
+            .printer
+            .line("it has paused its sandboxes; what it could not pause its log tells"),
         Some(left) if left.is_empty() => context.printer.line("no sandbox runs any more"),
         Some(left) => {
             context.printer.line(format!(
@@ -138,6 +161,33 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
             .line("its sandboxes, if it had any, still run; the next `wrenn up` takes them over"),
     }
     Ok(Exit::Ok)
+}
+
+/// Pauses all that runs. What cannot be paused runs on, and so does the server.
+async fn pause(note: &ServerFile, context: &Context) -> Result<(), Failure> {
+    if note.on_stop == OnStop::Destroy {
+        return Err(Failure::message(
+            "the server was started with --on-stop destroy and would end what is paused now",
+        )
+        .code("on_stop")
+        .hint("start it anew without that, or use `wrenn down --destroy`"));
+    }
+    let client = context.client()?;
+    let all = super::drain::pause_all(&client, &context.printer).await?;
+    match all.failed.as_slice() {
+        [] => Ok(()),
+        [first, ..] => {
+            let text = |name: &str| first[name].as_str().unwrap_or_default().to_owned();
+            Err(Failure::message(format!(
+                "{} could not be paused; of {}: {}",
+                sandboxes(all.failed.len()),
+                text("id"),
+                text("message")
+            ))
+            .code(text("code"))
+            .hint("they run on, so the server was left running too"))
+        }
+    }
 }
 
 /// Ends the sandboxes of a server that is gone itself.
@@ -220,8 +270,8 @@ impl Server {
     }
 
     /// Whether it has ended in time.
-    async fn gone(self) -> Result<bool, Failure> {
-        let waited = tokio::task::spawn_blocking(move || wait(&self.handle, PATIENCE)).await;
+    async fn gone(self, patience: Duration) -> Result<bool, Failure> {
+        let waited = tokio::task::spawn_blocking(move || wait(&self.handle, patience)).await;
         match waited {
             Ok(Ok(gone)) => Ok(gone),
             Ok(Err(error)) => Err(Failure::message(format!(

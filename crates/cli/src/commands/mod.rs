@@ -2,15 +2,19 @@
 
 pub(crate) mod bench;
 pub(crate) mod chaos;
+pub(crate) mod debug;
 pub(crate) mod doctor;
 pub(crate) mod down;
+pub(crate) mod drain;
 mod follow;
 pub(crate) mod gc;
+pub(crate) mod host_agent;
 pub(crate) mod image;
 pub(crate) mod keeper;
 mod own_server;
 pub(crate) mod run;
 pub(crate) mod sandbox;
+pub(crate) mod service;
 pub(crate) mod snapshot;
 mod terminal;
 pub(crate) mod up;

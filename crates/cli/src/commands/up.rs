@@ -1,32 +1,31 @@
-//! `wrenn up`: control plane and host agent in one process.
+//! `wrenn up`: control plane and host agent in one process, or the control plane alone.
 
 mod dialer;
 mod hello;
+pub(crate) mod host;
+mod remote;
+mod stop;
 
+use std::fs::{File, TryLockError};
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use wrenn_control::{Control, ControlConfig};
-use wrenn_host::{HostAgent, HostConfig};
-use wrenn_types::HostId;
-use wrenn_vmm::Accelerator;
 
-use crate::commands::image;
+use self::host::Host;
+use crate::args::HostArgs;
 use crate::error::{Failure, require_root};
 use crate::exit::Exit;
-use crate::output::{Printer, with_spinner};
+use crate::host_address::HostAddress;
+use crate::output::{Printer, sandboxes, with_spinner};
 use crate::server_file::ServerFile;
-use crate::settings::{AcceleratorChoice, Settings, UpSettings, VmmChoice};
+use crate::settings::{OnStop, Settings, UpSettings};
 use crate::signals::Signals;
-
-/// The image that is built where there is none, and that sandboxes start from.
-const DEFAULT_IMAGE: &str = "minimal";
 
 /// Options of `wrenn up`. What may come from elsewhere too is merged by `Settings::up`.
 #[derive(Debug, Default, clap::Args)]
@@ -37,18 +36,17 @@ pub(crate) struct Args {
     /// Domain whose names {port}-{sandbox}.DOMAIN lead to sandbox ports [env: WRENN_DOMAIN] [default: localhost]
     #[arg(long)]
     pub(crate) domain: Option<String>,
-    /// Virtual machine monitor to use [env: WRENN_VMM] [default: auto]
-    #[arg(long)]
-    pub(crate) vmm: Option<VmmChoice>,
-    /// What executes the guests' instructions [env: WRENN_ACCELERATOR] [default: auto]
-    #[arg(long)]
-    pub(crate) accelerator: Option<AcceleratorChoice>,
-    /// Warmed machines that wait for a sandbox [env: WRENN_POOL_SIZE] [default: by what the host has]
-    #[arg(long, value_name = "NUMBER")]
-    pub(crate) pool_size: Option<u32>,
-    /// End the sandboxes too when the server ends
-    #[arg(long)]
-    pub(crate) destroy: bool,
+    #[command(flatten)]
+    pub(crate) host_args: HostArgs,
+    /// What becomes of the sandboxes when the server is told to end [env: WRENN_ON_STOP] [default: keep]
+    #[arg(long, value_name = "WHAT")]
+    pub(crate) on_stop: Option<OnStop>,
+    /// Direct the agent that `wrenn host-agent` runs at this socket or address, and run none in this process [env: WRENN_HOST]
+    #[arg(long, value_name = "PATH|ADDRESS:PORT", conflicts_with_all = ["vmm", "accelerator", "pool_size"])]
+    pub(crate) host: Option<HostAddress>,
+    /// File with the token of an agent at an address [env: WRENN_HOST_TOKEN_FILE] [default: host-token in the data folder]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) host_token_file: Option<PathBuf>,
     /// Once the server is up, run a first program in a sandbox and show its output and where the time went
     #[arg(long)]
     pub(crate) hello: bool,
@@ -64,30 +62,23 @@ pub(crate) async fn run(
     settings: &Settings,
     printer: &Printer,
 ) -> Result<Exit, Failure> {
-    require_root("running sandboxes")?;
-    if up.vmm == VmmChoice::Firecracker {
-        return Err(
-            Failure::message("Firecracker is not supported by this version of wrenn")
-                .code("unsupported")
-                .hint("leave --vmm out: QEMU runs sandboxes on any Linux machine"),
-        );
-    }
-    if let Some(file) = std::env::var_os(crate::env::CRASH_FILE) {
-        wrenn_host::crash_by(file.into());
-    }
     let mut signals = Signals::listen().map_err(|e| Failure::from_error(&e))?;
+    let on_stop = if args.once {
+        OnStop::Destroy
+    } else {
+        up.on_stop
+    };
+    if up.agent.is_none() {
+        require_root("running sandboxes")?;
+    }
+    let _alone = alone(&settings.data_dir)?;
     let listener = listen(up.listen).await?;
     let address = listener.local_addr().map_err(|e| Failure::from_error(&e))?;
-    image::ensure(DEFAULT_IMAGE, settings, printer).await?;
+    let host = Host::start(up, settings, printer).await?;
+    let adopted = host.alive();
 
-    let config = host_config(up, &settings.data_dir)?;
-    let agent = HostAgent::start(config)
-        .await
-        .map_err(|e| Failure::from_error(&e))?;
-    let adopted = agent.alive().len();
-
-    let control = control(up, address, &settings.data_dir, &agent).await?;
-    let note = ServerNote::leave(&settings.data_dir, address)?;
+    let control = control(up, address, &settings.data_dir, &host).await?;
+    let note = ServerNote::leave(&settings.data_dir, address, on_stop)?;
     let (stop, stopped) = oneshot::channel::<()>();
     let serving = {
         let control = control.clone();
@@ -100,13 +91,7 @@ pub(crate) async fn run(
     };
 
     let prepare = async {
-        with_spinner(
-            printer,
-            "booting and freezing the template (once)",
-            agent.prepare(),
-        )
-        .await
-        .map_err(|e| Failure::from_error(&e))?;
+        host.prepare(printer).await?;
         if args.hello || args.once {
             hello::run(settings, address, printer).await?;
         }
@@ -125,32 +110,26 @@ pub(crate) async fn run(
         _ = signals.next() => Ok(Exit::Ok),
     };
 
+    stop::leave(&control, on_stop, printer, signals.next()).await;
     drop(stop);
     drop(note);
     let served = with_spinner(printer, "finishing what is under way", serving).await;
-    let destroy = args.destroy || args.once;
-    let left = if destroy { 0 } else { agent.alive().len() };
-    with_spinner(
-        printer,
-        "giving back what is not used",
-        agent.shutdown(destroy),
-    )
-    .await;
+    let destroy = on_stop == OnStop::Destroy;
+    let left = if destroy { 0 } else { host.alive() };
+    host.shutdown(destroy, printer).await;
     match served {
         Ok(Ok(())) => {}
         Ok(Err(error)) => return Err(Failure::from_error(&error)),
         Err(error) => return Err(Failure::from_error(&error)),
     }
     if left > 0 {
+        let (runs, it) = match left {
+            1 => ("runs", "it"),
+            _ => ("run", "them"),
+        };
         printer.note(format!(
-            "{left} {} on; `wrenn up` takes {} over again, `wrenn down --destroy` ends {}",
-            if left == 1 {
-                "sandbox runs"
-            } else {
-                "sandboxes run"
-            },
-            if left == 1 { "it" } else { "them" },
-            if left == 1 { "it" } else { "them" },
+            "{} {runs} on; `wrenn up` takes {it} over again, `wrenn down --destroy` ends {it}",
+            sandboxes(left),
         ));
     }
     outcome
@@ -171,44 +150,23 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, Failure> {
     })
 }
 
-fn host_config(up: &UpSettings, data_dir: &Path) -> Result<HostConfig, Failure> {
-    let exe = std::env::current_exe().map_err(|e| Failure::from_error(&e))?;
-    let mut config = HostConfig::new(
-        data_dir.to_owned(),
-        host_id(data_dir)?,
-        (exe, vec!["keeper".to_owned()]),
-    );
-    config.accelerator = match up.accelerator {
-        AcceleratorChoice::Auto => None,
-        AcceleratorChoice::Kvm => Some(Accelerator::Kvm),
-        AcceleratorChoice::Tcg => Some(Accelerator::Tcg),
-    };
-    if let Some(size) = up.pool_size {
-        config.pool_size = size as usize;
-    }
-    Ok(config)
-}
-
-/// This host's id, made up at its first start and kept in the data folder.
-fn host_id(data_dir: &Path) -> Result<HostId, Failure> {
-    let path = data_dir.join("host-id");
-    let failed = |error: &dyn std::error::Error| {
-        Failure::message(format!(
-            "cannot keep the host's id in {}: {error}",
-            path.display()
+/// Takes the data folder's database for this process. An agent in the same process has a lock
+/// of its own.
+fn alone(data_dir: &Path) -> Result<File, Failure> {
+    let path = data_dir.join("control.lock");
+    let failed =
+        |error: io::Error| Failure::message(format!("cannot use {}: {error}", path.display()));
+    host::make_data_dir(data_dir).map_err(failed)?;
+    let file = File::create(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Failure::message(format!(
+            "another wrenn runs on {}",
+            data_dir.display()
         ))
-    };
-    // Made in either case: the random device is opened now, once, and not by the first
-    // sandbox, so that a count of open descriptors stands still from here on.
-    let id = HostId::new();
-    match std::fs::read_to_string(&path) {
-        Ok(text) => text.trim().parse().map_err(|e| failed(&e)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            std::fs::create_dir_all(data_dir).map_err(|e| failed(&e))?;
-            std::fs::write(&path, format!("{id}\n")).map_err(|e| failed(&e))?;
-            Ok(id)
-        }
-        Err(error) => Err(failed(&error)),
+        .code("occupied")
+        .hint("end it with `wrenn down`, or use another --data-dir")),
+        Err(TryLockError::Error(error)) => Err(failed(error)),
     }
 }
 
@@ -216,14 +174,14 @@ async fn control(
     up: &UpSettings,
     address: SocketAddr,
     data_dir: &Path,
-    agent: &HostAgent,
+    host: &Host,
 ) -> Result<Control, Failure> {
     let mut config = ControlConfig::new(data_dir, address);
     config.domain.clone_from(&up.domain);
-    let host = wrenn_control::host::in_process(agent.router());
-    let dialer = Arc::new(dialer::AgentDialer(agent.dialer()));
     let failed = |error: wrenn_control::ControlError| Failure::from_error(&error);
-    let control = Control::open(config, host, dialer).await.map_err(failed)?;
+    let control = Control::open(config, host.client(), host.dialer())
+        .await
+        .map_err(failed)?;
     control.ensure_first_key().await.map_err(failed)?;
     Ok(control)
 }
@@ -232,11 +190,15 @@ async fn control(
 struct ServerNote(PathBuf);
 
 impl ServerNote {
-    fn leave(data_dir: &Path, address: SocketAddr) -> Result<ServerNote, Failure> {
+    fn leave(data_dir: &Path, address: SocketAddr, on_stop: OnStop) -> Result<ServerNote, Failure> {
         let path = ServerFile::path(data_dir);
         let temporary = path.with_extension("new");
         let write = || -> io::Result<()> {
-            let note = json!({ "address": address.to_string(), "pid": std::process::id() });
+            let note = json!({
+                "address": address.to_string(),
+                "pid": std::process::id(),
+                "on_stop": on_stop,
+            });
             let mut file = std::fs::OpenOptions::new()
                 .write(true)
                 .create(true)
@@ -300,5 +262,9 @@ fn welcome(
     printer.line("  wrenn sandbox create");
     printer.line("  wrenn sandbox list");
     printer.line("");
-    printer.line("Ctrl-C ends the server; sandboxes run on.");
+    printer.line(match up.on_stop {
+        OnStop::Keep => "Ctrl-C ends the server; sandboxes run on.",
+        OnStop::Pause => "Ctrl-C pauses the sandboxes and ends the server.",
+        OnStop::Destroy => "Ctrl-C ends the sandboxes and the server.",
+    });
 }

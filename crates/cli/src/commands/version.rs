@@ -1,10 +1,10 @@
 //! `wrenn version`.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Context;
 use crate::args::OutputArgs;
-use crate::client::Client;
+use crate::client::{Client, ClientError, HostInfo};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::{Table, Tone};
@@ -21,29 +21,9 @@ pub(crate) struct Args {
 
 /// Shows it. That there is no server, or none that takes our key, is no failure here.
 pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
-    let server = match Client::new(&context.settings) {
-        Ok(client) => {
-            let url = client.base().to_string();
-            client.host().await.map(|host| (host, url))
-        }
-        Err(error) => Err(error),
-    };
+    let server = server(context).await;
     if args.output.json {
-        let server = match &server {
-            Ok((host, url)) => json!({
-                "url": url,
-                "version": host.version,
-                "vmm": host.vmm,
-                "vmm_version": host.vmm_version,
-                "accelerator": host.accelerator,
-            }),
-            Err(error) => {
-                json!({ "error": { "code": error.code(), "message": error.to_string() } })
-            }
-        };
-        context
-            .printer
-            .json(&json!({ "version": VERSION, "server": server }))?;
+        context.printer.json(&to_json(&server))?;
         return Ok(Exit::Ok);
     }
     let mut table = Table::new([]);
@@ -67,4 +47,32 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     }
     context.printer.table(table);
     Ok(Exit::Ok)
+}
+
+/// The server, and where it is; or why there is none.
+type Server = Result<(HostInfo, String), ClientError>;
+
+async fn server(context: &Context) -> Server {
+    let client = Client::new(&context.settings)?;
+    let url = client.base().to_string();
+    client.host().await.map(|host| (host, url))
+}
+
+/// What `--json` prints.
+pub(crate) async fn describe(context: &Context) -> Value {
+    to_json(&server(context).await)
+}
+
+fn to_json(server: &Server) -> Value {
+    let server = match server {
+        Ok((host, url)) => json!({
+            "url": url,
+            "version": host.version,
+            "vmm": host.vmm,
+            "vmm_version": host.vmm_version,
+            "accelerator": host.accelerator,
+        }),
+        Err(error) => json!({ "error": { "code": error.code(), "message": error.to_string() } }),
+    };
+    json!({ "version": VERSION, "server": server })
 }

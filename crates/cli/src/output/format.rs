@@ -74,6 +74,14 @@ pub(crate) fn age(text: &str, now: Timestamp) -> String {
     }
 }
 
+/// `1 sandbox`, `7 sandboxes`.
+pub(crate) fn sandboxes(count: usize) -> String {
+    match count {
+        1 => "1 sandbox".to_owned(),
+        count => format!("{count} sandboxes"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

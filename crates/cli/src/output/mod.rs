@@ -11,7 +11,7 @@ use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
 
-pub(crate) use format::{age, bytes, duration, milliseconds};
+pub(crate) use format::{age, bytes, duration, milliseconds, sandboxes};
 pub(crate) use progress::{Transfer, with_spinner};
 pub(crate) use table::{Table, Tone};
 

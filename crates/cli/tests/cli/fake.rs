@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Multipart, Path, Query, Request, State};
-use axum::http::StatusCode;
+use axum::http::{Method, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -27,6 +27,8 @@ pub struct Seen {
     pub saved: Vec<Value>,
     /// What was asked of sandboxes and snapshots: a verb, a name, and the body or query.
     pub asked: Vec<(String, String, Value)>,
+    /// Whether the host drains.
+    pub draining: bool,
     /// Messages on sockets.
     pub messages: Vec<Value>,
 }
@@ -121,8 +123,14 @@ fn router(state: Shared, key: String) -> Router {
         .route(&format!("{one}/checkpoints"), get(saved).post(save))
         .route("/v1/snapshots", get(saved).post(save))
         .route("/v1/snapshots/{name}", axum::routing::delete(forget))
-        .route(&format!("{one}/{{verb}}"), post(change))
+        .route(
+            &format!("{one}/network/denials"),
+            get(async || Json(json!([]))),
+        )
+        .route(&format!("{one}/{{verb}}"), get(tell).post(change))
         .route("/v1/host", get(host))
+        .route("/v1/host/drain", put(drain).delete(drain))
+        .route("/v1/host/pause", post(pause_all))
         .layer(from_fn_with_state(key, check_key))
         .with_state(state)
 }
@@ -199,6 +207,55 @@ async fn destroy(State(state): State<Shared>, Path(id): Path<String>) -> Respons
     }
     seen.destroyed.push(id);
     StatusCode::NO_CONTENT.into_response()
+}
+
+async fn drain(State(state): State<Shared>, method: Method) -> Json<Value> {
+    let mut seen = state.lock().unwrap();
+    seen.draining = method == Method::PUT;
+    Json(match seen.draining {
+        true => json!({"draining_since": "2026-11-22T12:00:00Z"}),
+        false => json!({}),
+    })
+}
+
+/// All but those whose id ends in `cc`: there the disk is full.
+async fn pause_all(State(state): State<Shared>) -> Json<Value> {
+    let mut seen = state.lock().unwrap();
+    let (mut paused, mut failed) = (Vec::new(), Vec::new());
+    for (id, sandbox) in &mut seen.sandboxes {
+        match id.ends_with("cc") {
+            true => failed.push(json!({"id": id, "code": "no_space", "message": "no room"})),
+            false => {
+                sandbox["status"] = json!("paused");
+                paused.push(id.clone());
+            }
+        }
+    }
+    Json(json!({"paused": paused, "failed": failed}))
+}
+
+/// What is asked of a sandbox: why, its events, metrics, network. All say too much.
+async fn tell(
+    State(state): State<Shared>,
+    Path((id, what)): Path<(String, String)>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Response {
+    if !state.lock().unwrap().sandboxes.contains_key(&id) {
+        return error(404, "not_found", &format!("no sandbox {id}"));
+    }
+    let key = format!("wrn_{}", "ab".repeat(32));
+    match what.as_str() {
+        "events" if query.get("after").is_some_and(|after| after != "0") => {
+            Json(json!([])).into_response()
+        }
+        "events" => Json(json!([{"id": 1, "event": "started", "reason": key}])).into_response(),
+        "why" => Json(json!({
+            "status": "running", "accessToken": "a-token-nobody-knew",
+            "death": {"last_command": "curl -H 'Authorization: Bearer abc.def-ghi'"},
+        }))
+        .into_response(),
+        _ => Json(json!({"what": what})).into_response(),
+    }
 }
 
 /// Pause, resume, rollback and fork. The second child of a fork finds no room.

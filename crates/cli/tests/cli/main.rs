@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod fake;
+mod operations;
 mod snapshots;
 
 use std::fs;

@@ -79,6 +79,7 @@ impl App {
         spec: CreateSpec,
     ) -> Result<Created, Failure> {
         check_envs(&spec.envs)?;
+        self.admit()?;
         let app = Arc::clone(self);
         // From here on it is nobody's connection that matters (G1).
         finish(tokio::spawn(async move {

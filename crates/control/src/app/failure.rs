@@ -36,6 +36,8 @@ pub enum Code {
     AgentError,
     /// The host does not answer.
     HostUnavailable,
+    /// The host drains: it starts nothing until its operator says so.
+    Draining,
     /// No host has room.
     NoHostsAvailable,
     /// The sandbox's disk is full.
@@ -60,6 +62,7 @@ impl Code {
             Code::NotImplemented => "not_implemented",
             Code::AgentError => "agent_error",
             Code::HostUnavailable => "host_unavailable",
+            Code::Draining => "draining",
             Code::NoHostsAvailable => "no_hosts_available",
             Code::NoSpace => "no_space",
         }
@@ -80,7 +83,7 @@ impl Code {
             Code::InternalError => 500,
             Code::NotImplemented => 501,
             Code::AgentError => 502,
-            Code::HostUnavailable | Code::NoHostsAvailable => 503,
+            Code::HostUnavailable | Code::NoHostsAvailable | Code::Draining => 503,
             Code::NoSpace => 507,
         }
     }
@@ -177,6 +180,15 @@ impl From<crate::host::Garbled> for Failure {
     }
 }
 
+/// The header in which a host says more than the code does.
+const REASON: &str = "wrenn-reason";
+/// The host starts nothing.
+const DRAINING: &str = "draining";
+
+fn reason(error: &ConnectError) -> Option<&str> {
+    error.response_headers().get(REASON)?.to_str().ok()
+}
+
 /// What the host agent's refusal means to a client. The agent's messages name the thing, so they
 /// are passed on.
 impl From<ConnectError> for Failure {
@@ -189,6 +201,7 @@ impl From<ConnectError> for Failure {
             ErrorCode::AlreadyExists => Code::Conflict,
             ErrorCode::FailedPrecondition | ErrorCode::Aborted => Code::InvalidState,
             ErrorCode::ResourceExhausted => Code::NoHostsAvailable,
+            ErrorCode::Unavailable if reason(&error) == Some(DRAINING) => Code::Draining,
             ErrorCode::Unavailable => Code::HostUnavailable,
             ErrorCode::Unimplemented => Code::NotImplemented,
             _ => Code::AgentError,
@@ -197,8 +210,13 @@ impl From<ConnectError> for Failure {
             Some(message) if !message.is_empty() => message.clone(),
             _ => format!("the host agent answered `{}`", error.code.as_str()),
         };
-        if matches!(code, Code::AgentError | Code::HostUnavailable) {
-            tracing::warn!(error = %chain(&error), "the host agent failed");
+        match code {
+            Code::AgentError => tracing::warn!(error = %chain(&error), "the host agent failed"),
+            // Said once, by who looks whether it is there all the time.
+            Code::HostUnavailable => {
+                tracing::debug!(error = %chain(&error), "the host agent cannot be asked");
+            }
+            _ => {}
         }
         Failure::new(code, message)
     }

@@ -71,6 +71,7 @@ impl App {
         {
             return Ok((children, Vec::new()));
         }
+        self.admit()?;
         let row = self.get(team, id).await?.row;
         let app = Arc::clone(self);
         finish(tokio::spawn(async move {

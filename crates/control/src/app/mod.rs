@@ -1,6 +1,7 @@
 //! Use cases: what the API can do, without HTTP. Both HTTP layers only translate.
 
 mod create;
+mod drain;
 mod exec;
 mod failure;
 mod files;
@@ -15,6 +16,7 @@ mod sandboxes;
 mod snapshots;
 
 use std::collections::HashSet;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -24,8 +26,11 @@ use wrenn_store::{Store, Timestamp};
 use wrenn_types::{SandboxId, TeamId};
 
 pub(crate) use create::{Clock, CreateSpec, Phase};
+pub use drain::Everything;
+pub(crate) use drain::since;
 pub(crate) use exec::{ExecDone, ExecSpec, Following, Input, OUTPUT_LIMIT, ProcessEvent, Selector};
-pub(crate) use failure::{Code, Failure, chain};
+pub(crate) use failure::chain;
+pub use failure::{Code, Failure};
 pub(crate) use files::Upload;
 pub(crate) use fork::Fork;
 pub(crate) use history::EVENTS_KEEP_SECS;
@@ -49,6 +54,8 @@ pub(crate) struct App {
     /// When this server began: what was under way before is nobody's now.
     began: Timestamp,
     pub(crate) busy: Busy,
+    /// This server is about to end and starts nothing new.
+    closing: AtomicBool,
     ends: Turns,
     /// Shared while a snapshot is taken and gets its row, exclusive while the host is told which
     /// ones have none: two rows may name the same one.
@@ -73,6 +80,7 @@ impl App {
             team,
             began: Timestamp::now(),
             busy: Busy::default(),
+            closing: AtomicBool::new(false),
             ends: Turns::default(),
             kept: Default::default(),
             info: AsyncMutex::new(None),

@@ -167,7 +167,7 @@ impl App {
                     certificate: None,
                 });
             }
-            SandboxState::Paused => {}
+            SandboxState::Paused => self.admit()?,
             _ => return Err(wrong_state(&sandbox.row, "paused")),
         }
         let row = sandbox.row;
@@ -277,6 +277,7 @@ impl App {
         if !matches!(row.state, SandboxState::Running | SandboxState::Paused) {
             return Err(wrong_state(&row, "running or paused"));
         }
+        self.admit()?;
         let Some(found) = self.store.checkpoint(id, checkpoint).await? else {
             let shown: String = checkpoint.chars().take(MAX_NAME).collect();
             return Err(Failure::not_found(format!(

@@ -113,6 +113,11 @@ pub struct HostInfo {
 }
 
 impl HostInfo {
+    /// Since when it drains, if it does.
+    pub fn draining_since(&self) -> Option<Timestamp> {
+        crate::app::since(self.raw.draining_since_unix_ms)
+    }
+
     /// Whether the template is loaded, so that a sandbox starts from it without a boot. One
     /// that is only an image so far has no digest.
     pub fn can_start(&self, template: &str) -> bool {

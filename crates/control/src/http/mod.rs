@@ -103,6 +103,9 @@ async fn front(
 ) -> Result<Response, std::convert::Infallible> {
     let (mut parts, body) = request.into_parts();
     if let Some(target) = app.proxy.target(&parts) {
+        if let Err(failure) = app.admit() {
+            return Ok(refuse("/", failure));
+        }
         return Ok(app
             .proxy
             .handle(target, Request::from_parts(parts, body))

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -76,6 +76,8 @@ pub struct Sim {
     pub log: Mutex<Vec<SandboxEvent>>,
     /// Up to where it was acknowledged.
     pub acknowledged: AtomicU64,
+    /// Since when it drains; 0: it does not.
+    pub draining: AtomicI64,
     /// How busy sandboxes are.
     pub points: Mutex<BTreeMap<String, Vec<MetricPoint>>>,
 }
@@ -176,6 +178,17 @@ impl Sim {
         if self.faulty(request) == Some(Fault::HangsAfter) {
             self.hang().await;
         }
+    }
+
+    /// Starts nothing while it drains.
+    fn admit(&self) -> Result<(), ConnectError> {
+        if self.draining.load(Ordering::SeqCst) == 0 {
+            return Ok(());
+        }
+        let mut error = ConnectError::unavailable("this host drains and starts nothing");
+        let reason = http::HeaderValue::from_static("draining");
+        error.response_headers_mut().insert("wrenn-reason", reason);
+        Err(error)
     }
 
     fn get(&self, id: &str) -> Result<Sandbox, ConnectError> {
@@ -344,6 +357,7 @@ impl HostService for Service {
                     ..Default::default()
                 },
             ],
+            draining_since_unix_ms: self.0.draining.load(Ordering::SeqCst),
             ..Default::default()
         })
     }
@@ -354,6 +368,7 @@ impl HostService for Service {
         request: ServiceRequest<'_, CreateSandboxRequest>,
     ) -> ServiceResult<CreateSandboxResponse> {
         self.0.begin("create").await?;
+        self.0.admit()?;
         let request = request.to_owned_message();
         let delay = *self.0.delay.lock().unwrap();
         tokio::time::sleep(delay).await;
@@ -537,6 +552,7 @@ impl HostService for Service {
         request: ServiceRequest<'_, ResumeSandboxRequest>,
     ) -> ServiceResult<ResumeSandboxResponse> {
         self.0.begin("resume").await?;
+        self.0.admit()?;
         let request = request.to_owned_message();
         let mut sandbox = self
             .0
@@ -937,6 +953,23 @@ impl HostService for Service {
         self.0.get(&request.to_owned_message().sandbox_id)?;
         Response::ok(GetLogsResponse {
             console: b"boot\nready\n".to_vec(),
+            ..Default::default()
+        })
+    }
+
+    async fn set_draining<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SetDrainingRequest>,
+    ) -> ServiceResult<SetDrainingResponse> {
+        self.0.begin("drain").await?;
+        let since = match request.to_owned_message().draining {
+            true => now_ms(),
+            false => 0,
+        };
+        self.0.draining.store(since, Ordering::SeqCst);
+        Response::ok(SetDrainingResponse {
+            draining_since_unix_ms: since,
             ..Default::default()
         })
     }

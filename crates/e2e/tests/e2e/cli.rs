@@ -175,7 +175,20 @@ pub(crate) async fn shell_is_a_terminal(server: &Server) {
 pub(crate) async fn every_command_has_help_and_json_is_json(server: &Server) {
     let cli = server.cli();
     for command in [
-        "up", "down", "doctor", "gc", "image", "run", "sandbox", "snapshot", "bench", "version",
+        "up",
+        "down",
+        "drain",
+        "host-agent",
+        "service",
+        "doctor",
+        "debug",
+        "gc",
+        "image",
+        "run",
+        "sandbox",
+        "snapshot",
+        "bench",
+        "version",
     ] {
         let help = cli.run(&[command, "--help"]).await.expect_code(0);
         assert!(help.stdout.contains("Usage: wrenn"), "{help:?}");

@@ -24,6 +24,7 @@ mod isolation;
 mod leaks;
 mod lifetime;
 mod network_policy;
+mod operations;
 mod sandboxes;
 mod secured;
 mod server;
@@ -77,6 +78,7 @@ fn shared() -> Vec<(&'static str, Shared)> {
             a_snapshot_is_a_template_and_outlives_its_sandbox, a_disk_alone_is_kept_and_booted,
             g17_long_chains_are_merged_and_nothing_changes,
             g09_time_pauses_where_asked_and_traffic_wakes;
+        operations: g40_a_bundle_of_a_real_sandbox_holds_no_secret;
         freeze: g26_a_pause_in_the_middle_of_everything, a_checkpoint_in_the_middle_breaks_nothing;
         e2b: the_published_python_client_works, the_published_node_client_works;
     }
@@ -93,6 +95,9 @@ fn exclusive() -> Vec<(&'static str, Exclusive)> {
         leaks: g07_cycles_leave_nothing;
         snapshots: g02_g04_paused_sandboxes_outlive_the_server,
             g16_a_damaged_snapshot_is_named_and_not_started;
+        operations: a_drained_host_stays_drained_until_it_is_told,
+            sandboxes_are_left_as_asked_when_the_server_ends,
+            g02_agent_and_control_plane_are_killed_apart_and_lose_nothing;
         server: g02_ctrl_c_leaves_sandboxes_to_the_next_server, g02_sigkill_loses_no_sandbox,
             a_machine_that_was_lost_with_its_host_boots_from_its_disk, g02_g03_chaos_loses_nothing,
             g06_a_machine_that_dies_is_noticed_and_explained, down_destroy_ends_everything, doctor_says_what_this_host_can_do;

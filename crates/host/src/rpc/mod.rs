@@ -1,6 +1,7 @@
 //! The host agent's RPC service: requests are checked and turned into our own types here,
 //! and into nothing else.
 
+mod drain;
 mod exec;
 mod files;
 mod history;
@@ -77,6 +78,9 @@ impl From<SandboxError> for ConnectError {
                 return with_reason(ConnectError::not_found(text), "snapshot_not_found");
             }
             SandboxError::Network(_) => return ConnectError::invalid_argument(text),
+            SandboxError::Draining => {
+                return with_reason(ConnectError::unavailable(text), "draining");
+            }
             SandboxError::Ending => ConnectError::unavailable(text.clone()),
             _ => ConnectError::internal(text.clone()),
         };

@@ -218,6 +218,7 @@ impl HostRpc {
             sandboxes_fit: u32::try_from(fits).unwrap_or(u32::MAX),
             pool_ready: u32::try_from(parts.pool.ready()).unwrap_or(u32::MAX),
             templates: self.templates(),
+            draining_since_unix_ms: parts.drain.since().map_or(0, unix_ms),
             ..Default::default()
         })
     }

@@ -239,4 +239,12 @@ impl HostService for HostRpc {
     ) -> ServiceResult<impl Encodable<GetMetricsResponse> + Send + use<>> {
         answer(self.metrics(request.to_owned_message()))
     }
+
+    async fn set_draining(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SetDrainingRequest>,
+    ) -> ServiceResult<impl Encodable<SetDrainingResponse> + Send + use<>> {
+        answer(HostRpc::set_draining(self, request.draining).await)
+    }
 }

@@ -112,6 +112,7 @@ impl HostRpc {
         request: rpc::ResumeSandboxRequest,
     ) -> Result<rpc::ResumeSandboxResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
+        self.admit_start_of(&handle)?;
         let resume = Resume {
             lifetime: request.lifetime.as_option().map(Lifetime::from),
             actor: Actor::Request,
@@ -225,6 +226,7 @@ impl HostRpc {
         request: rpc::RollbackSandboxRequest,
     ) -> Result<rpc::RollbackSandboxResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
+        self.admit_start_of(&handle)?;
         let done = handle.roll_back(snapshot_id(&request.snapshot_id)?).await?;
         Ok(rpc::RollbackSandboxResponse {
             sandbox: sandbox(&handle).into(),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use tokio::sync::oneshot;
+use tracing::Instrument;
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{SandboxId, SandboxState, Shape};
 
@@ -133,6 +134,15 @@ impl Manager {
         }
     }
 
+    /// Whether anything is started at all: a host that drains starts nothing, and wakes nothing
+    /// that is paused.
+    pub fn admit(&self) -> Result<(), SandboxError> {
+        match self.common.drain.since() {
+            Some(_) => Err(SandboxError::Draining),
+            None => Ok(()),
+        }
+    }
+
     fn begin(&self, create: CreateSandbox) -> Result<Begun, SandboxError> {
         let id = create.id;
         let mut registry = self.registry();
@@ -146,6 +156,7 @@ impl Manager {
         if registry.closed {
             return Err(SandboxError::Ending);
         }
+        self.admit()?;
         let shape = create.shape.unwrap_or(Shape::DEFAULT);
         capacity::admit(shape, &self.common.site.config.data_dir)?;
         let (owner, handle) = Owner::new(
@@ -166,13 +177,16 @@ impl Manager {
     /// Runs an owner; when it is done, its sandbox is among the ended ones.
     fn spawn(&self, id: SandboxId, owner: impl Future<Output = ()> + Send + 'static) {
         let registry = self.registry.clone();
-        tokio::spawn(async move {
+        // Whatever is logged on the way down to the machine names the sandbox.
+        let span = tracing::info_span!("owner", sandbox = %id);
+        let task = async move {
             owner.await;
             let mut registry = lock(&registry);
             if let Some(handle) = registry.alive.remove(&id) {
                 registry.remember(handle);
             }
-        });
+        };
+        tokio::spawn(task.instrument(span));
     }
 
     /// Takes over a machine of an earlier agent: as a sandbox when it belongs to one.
@@ -338,6 +352,8 @@ impl Manager {
         lifetime: Lifetime,
     ) -> Result<Forked, SandboxError> {
         let parent = self.get(id)?;
+        // Before the parent is held up for nothing.
+        self.admit()?;
         let order = Order {
             name: String::new(),
             scope: Scope::Machine,
@@ -437,10 +453,12 @@ impl Manager {
             .ok_or(DialFailure::NotFound)?;
         let in_use = handle.activity.begin();
         let live = match handle.running().await {
-            Err(_) if handle.wakes() => match handle.resume(Resume::by(Actor::Traffic)).await {
-                Ok(_) => handle.running().await,
-                Err(error) => Err(error),
-            },
+            Err(_) if handle.wakes() && self.admit().is_ok() => {
+                match handle.resume(Resume::by(Actor::Traffic)).await {
+                    Ok(_) => handle.running().await,
+                    Err(error) => Err(error),
+                }
+            }
             other => other,
         };
         let dialer = match live {

@@ -87,6 +87,9 @@ pub enum SandboxError {
     /// Something was cut short.
     #[error("{0}")]
     Broken(String),
+    /// The host drains.
+    #[error("this host drains and starts nothing: `wrenn drain --off` ends that")]
+    Draining,
     /// The agent is ending.
     #[error("this host agent is ending and starts nothing new")]
     Ending,

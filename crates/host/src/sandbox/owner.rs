@@ -29,6 +29,7 @@ use super::merging::Merging;
 use super::paused::Paused;
 use super::{CreateSandbox, NetworkRules, SandboxError};
 use crate::activity::Activity;
+use crate::drain::Drain;
 use crate::events::{Actor, DeathCertificate, EventLog, Kind};
 use crate::guest::{Restored, chain};
 use crate::lifetime::Lifetime;
@@ -62,6 +63,8 @@ pub struct Common {
     pub merges: tokio::sync::Semaphore,
     /// Where what happens is written down.
     pub events: Arc<EventLog>,
+    /// Whether anything is started at all.
+    pub drain: Arc<Drain>,
 }
 
 /// A sandbox's owner.
@@ -220,6 +223,15 @@ impl Owner {
 
     /// Writes down what happened.
     pub(super) fn happened(&self, kind: Kind, actor: Actor, reason: Option<String>) {
+        let (event, by, why) = (kind.word(), actor.word(), reason.as_deref());
+        match kind {
+            Kind::Started | Kind::Saved => tracing::info!(sandbox = %self.id, by, "{event}"),
+            Kind::PauseFailed => {
+                tracing::warn!(sandbox = %self.id, by, why, "could not be paused; it runs on");
+            }
+            // The others have a line of their own where they are done.
+            _ => {}
+        }
         self.common.events.add(self.id, kind, actor, reason, None);
     }
 

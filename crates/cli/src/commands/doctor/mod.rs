@@ -4,6 +4,7 @@ mod advice;
 mod capacity;
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::{Value, json};
 use wrenn_host::cgroups::Cgroups;
@@ -15,7 +16,7 @@ use super::Context;
 use crate::args::OutputArgs;
 use crate::error::Failure;
 use crate::exit::Exit;
-use crate::output::{Printer, Table, Tone, bytes};
+use crate::output::{Printer, Table, Tone, age, bytes};
 use crate::settings::{AcceleratorChoice, VmmChoice};
 
 /// Where an agent's groups would be; only looked for here.
@@ -40,6 +41,8 @@ struct Diagnosis {
     control_groups: Result<String, String>,
     missing: Vec<MissingPackage>,
     advice: Vec<Advice>,
+    /// Since when the host starts nothing; or why nobody knows.
+    draining: Result<Option<SystemTime>, String>,
 }
 
 /// What will be used.
@@ -53,24 +56,7 @@ struct Choice {
 /// Examines this host and shows it.
 pub(crate) fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
     let data_dir = &context.settings.data_dir;
-    let existing = nearest_existing(data_dir);
-    let report = probe::host(existing.as_deref().filter(|folder| folder == data_dir))
-        .map_err(|error| Failure::from_error(&error).code("probe"))?;
-    let up = context
-        .settings
-        .up(&super::up::Args::default(), &crate::environment)?;
-    let choice = choose(&report, up.vmm, up.accelerator);
-    let missing = advice::missing_packages();
-    let advice = advice::advise(&report, &missing, choice.is_ok());
-    let capacity = Capacity::of(&report.limits, existing.as_deref());
-    let diagnosis = Diagnosis {
-        report,
-        choice,
-        capacity,
-        control_groups: Cgroups::probe(CONTROL_GROUPS).describe(),
-        missing,
-        advice,
-    };
+    let diagnosis = examine(context)?;
     let usable = diagnosis.usable();
     if args.output.json {
         context.printer.json(&diagnosis.to_json(data_dir)?)?;
@@ -78,6 +64,34 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
         diagnosis.show(data_dir, &context.printer);
     }
     Ok(if usable { Exit::Ok } else { Exit::Failed })
+}
+
+/// What `--json` prints.
+pub(crate) fn report(context: &Context) -> Result<Value, Failure> {
+    examine(context)?.to_json(&context.settings.data_dir)
+}
+
+fn examine(context: &Context) -> Result<Diagnosis, Failure> {
+    let data_dir = &context.settings.data_dir;
+    let existing = nearest_existing(data_dir);
+    let report = probe::host(existing.as_deref().filter(|folder| folder == data_dir))
+        .map_err(|error| Failure::from_error(&error).code("probe"))?;
+    let up = context
+        .settings
+        .up(&super::up::Args::default(), &crate::environment)?;
+    let choice = choose(&report, up.host.vmm, up.host.accelerator);
+    let missing = advice::missing_packages();
+    let advice = advice::advise(&report, &missing, choice.is_ok());
+    let capacity = Capacity::of(&report.limits, existing.as_deref());
+    Ok(Diagnosis {
+        report,
+        choice,
+        capacity,
+        control_groups: Cgroups::probe(CONTROL_GROUPS).describe(),
+        missing,
+        advice,
+        draining: wrenn_host::draining_since(data_dir).map_err(|error| error.to_string()),
+    })
 }
 
 /// The folder itself, or what it would be made in.
@@ -151,12 +165,17 @@ impl Diagnosis {
             }),
             Err(_) => Value::Null,
         };
+        let draining_since = match &self.draining {
+            Ok(since) => json!(since.and_then(timestamp).map(|at| at.to_string())),
+            Err(why) => json!({ "error": why }),
+        };
         Ok(json!({
             "usable": self.usable(),
             "willUse": will_use,
             "problem": self.choice.as_ref().err(),
             "fits": self.capacity.to_json(),
             "dataDir": data_dir,
+            "drainingSince": draining_since,
             "controlGroups": {
                 "usable": self.control_groups.is_ok(),
                 "detail": self.control_groups.as_ref().unwrap_or_else(|why| why),
@@ -264,6 +283,21 @@ impl Diagnosis {
                 None => format!("{}, free space unknown", data_dir.display()),
             },
         );
+        match &self.draining {
+            Ok(None) => {}
+            Ok(Some(since)) => {
+                let since =
+                    timestamp(*since).map(|at| age(&at.to_string(), jiff::Timestamp::now()));
+                row(
+                    "draining",
+                    format!(
+                        "begun {}: this host starts no sandboxes until `wrenn drain --off`",
+                        since.unwrap_or_default()
+                    ),
+                );
+            }
+            Err(why) => row("draining", format!("not known: {why}")),
+        }
         let limit = |limit: Option<u64>| {
             limit.map_or_else(|| "any number of".to_owned(), |limit| limit.to_string())
         };
@@ -335,6 +369,10 @@ impl Diagnosis {
         row("control groups", yes(groups.is_ok()), detail);
         table
     }
+}
+
+fn timestamp(at: SystemTime) -> Option<jiff::Timestamp> {
+    jiff::Timestamp::try_from(at).ok()
 }
 
 fn yes(yes: bool) -> (&'static str, Tone) {

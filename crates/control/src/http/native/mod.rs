@@ -1,5 +1,6 @@
 //! Wrenn's own API, under `/v1`.
 
+mod drain;
 mod exec;
 mod files;
 mod history;
@@ -45,6 +46,8 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(processes::kill))
         .merge(files::routes())
         .routes(routes!(system::host))
+        .routes(routes!(drain::begin, drain::end))
+        .routes(routes!(drain::pause_all))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::delete))
 }

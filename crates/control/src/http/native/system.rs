@@ -51,6 +51,10 @@ pub(crate) struct HostBody {
     sandboxes_fit: u32,
     /// Machines that wait to be taken.
     pool_ready: u32,
+    /// Since when it starts nothing; missing where it does not drain.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime)]
+    draining_since: Option<String>,
     templates: Vec<TemplateBody>,
 }
 
@@ -123,6 +127,7 @@ pub(super) async fn host(
     _: Principal,
 ) -> Result<axum::Json<HostBody>, ApiError> {
     let info = app.host_info().await?;
+    let draining_since = info.draining_since().map(|since| since.to_string());
     let raw = info.raw.clone();
     Ok(axum::Json(HostBody {
         id: raw.host_id,
@@ -137,6 +142,7 @@ pub(super) async fn host(
         sandboxes: raw.sandboxes,
         sandboxes_fit: raw.sandboxes_fit,
         pool_ready: raw.pool_ready,
+        draining_since,
         templates: raw
             .templates
             .into_iter()
