@@ -69,6 +69,15 @@ pub(crate) struct HostArgs {
     /// Warmed machines that wait for a sandbox [env: WRENN_POOL_SIZE] [default: by what the host has]
     #[arg(long, value_name = "NUMBER")]
     pub(crate) pool_size: Option<u32>,
+    /// So much of its memory a sandbox is expected to use when it is admitted; 100: memory is never promised twice [env: WRENN_EXPECTED_USE] [default: 25]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) expected_use: Option<u32>,
+    /// What each guest may send and receive per second, in megabits [env: WRENN_GUEST_BANDWIDTH] [default: no limit]
+    #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) guest_bandwidth: Option<u32>,
+    /// How many connections to the outside each guest may have at once [env: WRENN_GUEST_CONNECTIONS] [default: 4096]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) guest_connections: Option<u32>,
 }
 
 /// How data is printed.

@@ -28,6 +28,12 @@ pub(crate) const VMM: &str = "WRENN_VMM";
 pub(crate) const ACCELERATOR: &str = "WRENN_ACCELERATOR";
 /// How many warmed machines wait for a sandbox.
 pub(crate) const POOL_SIZE: &str = "WRENN_POOL_SIZE";
+/// So many percent of its memory a sandbox is expected to use, 1 to 100.
+pub(crate) const EXPECTED_USE: &str = "WRENN_EXPECTED_USE";
+/// What each guest may send and receive, in megabits per second.
+pub(crate) const GUEST_BANDWIDTH: &str = "WRENN_GUEST_BANDWIDTH";
+/// How many connections to the outside each guest may have at once.
+pub(crate) const GUEST_CONNECTIONS: &str = "WRENN_GUEST_CONNECTIONS";
 /// A file: the server ends itself, as by a crash, at the step that is written in it. For
 /// `wrenn chaos`.
 pub(crate) const CRASH_FILE: &str = "WRENN_CRASH_FILE";

@@ -20,17 +20,22 @@
 //! vmm = "auto"              # qemu, firecracker
 //! accelerator = "auto"      # kvm, tcg
 //! pool_size = 2
+//! expected_use = 25         # percent
+//! guest_bandwidth = 100     # megabits per second
+//! guest_connections = 4096
 //! on_stop = "keep"          # pause, destroy
 //! host = "/run/wrenn/agent.sock"
 //! host_token_file = "/etc/wrenn/host-token"
 //!
-//! [host_agent]              # and of [up]: vmm, accelerator, pool_size
+//! [host_agent]              # and of [up]: vmm, accelerator, pool_size, expected_use,
+//!                           # guest_bandwidth, guest_connections
 //! listen = "/run/wrenn/agent.sock"
 //! ```
 
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
@@ -179,6 +184,9 @@ struct FileUp {
     vmm: Option<VmmChoice>,
     accelerator: Option<AcceleratorChoice>,
     pool_size: Option<u32>,
+    expected_use: Option<Percent>,
+    guest_bandwidth: Option<NonZeroU32>,
+    guest_connections: Option<NonZeroU32>,
     on_stop: Option<OnStop>,
     host: Option<HostAddress>,
     host_token_file: Option<PathBuf>,
@@ -220,6 +228,12 @@ pub(crate) struct HostSettings {
     pub(crate) accelerator: AcceleratorChoice,
     /// How many warmed machines wait for a sandbox; `None`: chosen by what the host has.
     pub(crate) pool_size: Option<u32>,
+    /// So many percent of a sandbox's memory are counted on admission; `None`: as the host thinks.
+    pub(crate) expected_use: Option<u32>,
+    /// Megabits per second of each guest, in each direction; `None`: no limit.
+    pub(crate) guest_bandwidth: Option<u32>,
+    /// Connections of each guest; `None`: as the host thinks.
+    pub(crate) guest_connections: Option<u32>,
 }
 
 /// What `wrenn up` runs with.
@@ -374,6 +388,28 @@ impl Settings {
                 None => parsed(env::POOL_SIZE, var(env::POOL_SIZE), "is no whole number")?
                     .or(file.pool_size),
             },
+            expected_use: match flags.expected_use {
+                Some(percent) => Some(percent),
+                None => parsed(env::EXPECTED_USE, var(env::EXPECTED_USE), Percent::EXPECTED)?
+                    .or(file.expected_use)
+                    .map(|percent: Percent| percent.0),
+            },
+            guest_bandwidth: match flags.guest_bandwidth {
+                Some(mbit) => Some(mbit),
+                None => parsed(env::GUEST_BANDWIDTH, var(env::GUEST_BANDWIDTH), POSITIVE)?
+                    .or(file.guest_bandwidth)
+                    .map(NonZeroU32::get),
+            },
+            guest_connections: match flags.guest_connections {
+                Some(connections) => Some(connections),
+                None => parsed(
+                    env::GUEST_CONNECTIONS,
+                    var(env::GUEST_CONNECTIONS),
+                    POSITIVE,
+                )?
+                .or(file.guest_connections)
+                .map(NonZeroU32::get),
+            },
         })
     }
 
@@ -390,6 +426,38 @@ impl Settings {
         Ok(address(env::HOST_LISTEN, said)?
             .or(self.host_agent.listen.clone())
             .unwrap_or_else(|| HostAddress::default_in(&self.data_dir)))
+    }
+}
+
+/// What is expected of a number that must not be zero.
+const POSITIVE: &str = "is no positive whole number";
+
+/// A number from 1 to 100.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(try_from = "u32")]
+struct Percent(u32);
+
+impl Percent {
+    const EXPECTED: &str = "is no number from 1 to 100";
+}
+
+impl TryFrom<u32> for Percent {
+    type Error = &'static str;
+
+    fn try_from(percent: u32) -> Result<Self, Self::Error> {
+        match percent {
+            1..=100 => Ok(Percent(percent)),
+            _ => Err("not a number from 1 to 100"),
+        }
+    }
+}
+
+impl std::str::FromStr for Percent {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let number: u32 = text.parse().map_err(|_| Percent::EXPECTED)?;
+        Percent::try_from(number)
     }
 }
 

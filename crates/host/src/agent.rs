@@ -158,6 +158,7 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
     net.name_prefix = config.network_prefix.clone();
     net.subnet = config.subnet.parse()?;
     net.ready = SPARE_SLOTS;
+    net.limits = config.guest_limits;
     let slots = SlotPool::start(net).await?;
     let cgroups = Cgroups::probe(&config.network_prefix);
     match cgroups.describe() {

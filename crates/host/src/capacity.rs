@@ -10,8 +10,9 @@ pub const MEMORY_RESERVE: u64 = 512 << 20;
 /// the pages it has written since its restore (measured: 30 to 45 MiB; at most 50 are
 /// promised).
 pub const IDLE_MACHINE: u64 = 50 << 20;
-/// A guest may touch all its memory, but few do; so much of it is counted on admission.
-pub const EXPECTED_USE_PERCENT: u64 = 25;
+/// A guest may touch all its memory, but few do; so much of it is counted on admission where the
+/// operator says nothing else.
+pub const EXPECTED_USE_PERCENT: u32 = 25;
 /// Disk that must stay free for the host to keep working.
 pub const DISK_RESERVE: u64 = 1 << 30;
 /// Disk a fresh sandbox is expected to write.
@@ -82,9 +83,10 @@ pub fn disk_available(dir: &Path) -> std::io::Result<u64> {
     Ok(fs.f_bavail.saturating_mul(fs.f_frsize))
 }
 
-/// What a machine of this shape is expected to use, in bytes.
-pub fn expected_use(shape: Shape) -> u64 {
-    IDLE_MACHINE + shape.memory.bytes() * EXPECTED_USE_PERCENT / 100
+/// What a machine of this shape is expected to use, in bytes, where so much of its memory is
+/// counted.
+pub fn expected_use(shape: Shape, percent: u32) -> u64 {
+    IDLE_MACHINE + shape.memory.bytes() * u64::from(percent) / 100
 }
 
 /// Whether there is room to save a sandbox: what it has written since it started is of its
@@ -104,19 +106,20 @@ pub fn admit_save(dir: &Path) -> Result<(), CapacityError> {
 }
 
 /// How many more machines of this shape fit.
-pub fn fits(shape: Shape, memory_available: u64, disk_available: u64) -> u64 {
-    let by_memory = memory_available.saturating_sub(MEMORY_RESERVE) / expected_use(shape);
+pub fn fits(shape: Shape, percent: u32, memory_available: u64, disk_available: u64) -> u64 {
+    let each = expected_use(shape, percent);
+    let by_memory = memory_available.saturating_sub(MEMORY_RESERVE) / each;
     let by_disk = disk_available.saturating_sub(DISK_RESERVE) / DISK_EACH;
     by_memory.min(by_disk)
 }
 
 /// Refuses a machine that would not fit.
-pub fn admit(shape: Shape, data_dir: &Path) -> Result<(), CapacityError> {
+pub fn admit(shape: Shape, percent: u32, data_dir: &Path) -> Result<(), CapacityError> {
     let memory = memory_available().map_err(|source| CapacityError::Unknown {
         what: "memory",
         source,
     })?;
-    let needed = expected_use(shape);
+    let needed = expected_use(shape, percent);
     if memory.saturating_sub(MEMORY_RESERVE) < needed {
         return Err(CapacityError::Memory {
             shape,
@@ -143,11 +146,13 @@ mod tests {
 
     #[test]
     fn nothing_fits_into_the_reserve() {
-        assert_eq!(fits(Shape::DEFAULT, MEMORY_RESERVE, u64::MAX), 0);
-        assert_eq!(fits(Shape::DEFAULT, u64::MAX, DISK_RESERVE), 0);
-        let one = MEMORY_RESERVE + expected_use(Shape::DEFAULT);
-        assert_eq!(fits(Shape::DEFAULT, one, u64::MAX), 1);
-        assert_eq!(fits(Shape::DEFAULT, one - 1, u64::MAX), 0);
+        assert_eq!(fits(Shape::DEFAULT, 25, MEMORY_RESERVE, u64::MAX), 0);
+        assert_eq!(fits(Shape::DEFAULT, 25, u64::MAX, DISK_RESERVE), 0);
+        let one = MEMORY_RESERVE + expected_use(Shape::DEFAULT, 25);
+        assert_eq!(fits(Shape::DEFAULT, 25, one, u64::MAX), 1);
+        assert_eq!(fits(Shape::DEFAULT, 25, one - 1, u64::MAX), 0);
+        // All of its memory is counted where nothing is to be overcommitted.
+        assert_eq!(fits(Shape::DEFAULT, 100, one, u64::MAX), 0);
     }
 
     #[test]

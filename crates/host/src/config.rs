@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use wrenn_net::Limits;
 use wrenn_types::{HostId, MemoryMib, ShapeLimits, Vcpus};
 use wrenn_vmm::Accelerator;
 
@@ -20,12 +21,17 @@ pub struct HostConfig {
     pub network_prefix: String,
     /// The slots' outside addresses come from here, `10.212.0.0/16`.
     pub subnet: String,
+    /// What each guest may use of the network.
+    pub guest_limits: Limits,
     /// How many machines wait restored, warmed and stopped.
     pub pool_size: usize,
     /// Forces an accelerator; none: what a probe finds.
     pub accelerator: Option<Accelerator>,
     /// The template that the pool holds ready.
     pub default_template: String,
+    /// So many percent of a sandbox's memory are counted when it is admitted; 100: no memory is
+    /// promised twice.
+    pub expected_use_percent: u32,
     /// Bounds of what may be asked for.
     pub shapes: ShapeLimits,
     /// First of the user ids that VM processes run as; slot `n` gets `first_uid + n`.
@@ -43,10 +49,12 @@ impl HostConfig {
             keeper,
             network_prefix: names.prefix,
             subnet: names.subnet,
+            guest_limits: Limits::default(),
             // A waiting machine costs some 40 MiB and no processor time.
             pool_size: (2 * cpus).clamp(2, 16),
             accelerator: None,
             default_template: "minimal".to_owned(),
+            expected_use_percent: crate::capacity::EXPECTED_USE_PERCENT,
             shapes: ShapeLimits {
                 max_vcpus: Vcpus(cpus.max(1) as u32),
                 max_memory: MemoryMib(max_guest_memory_mib()),

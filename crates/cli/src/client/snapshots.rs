@@ -18,14 +18,14 @@ impl Client {
 
     /// Saves a sandbox, with its memory or without, and gives its machine back.
     pub(crate) async fn pause(&self, id: &str, memory: bool) -> Result<Value, ClientError> {
-        let body = json!({ "memory": memory });
-        self.change(id, "pause", &body).await
+        self.change(id, "pause", &with_memory(json!({}), memory))
+            .await
     }
 
     /// Restores a paused sandbox, or boots it from its disk.
     pub(crate) async fn resume(&self, id: &str, memory: bool) -> Result<Value, ClientError> {
-        let body = json!({ "memory": memory });
-        self.change(id, "resume", &body).await
+        self.change(id, "resume", &with_memory(json!({}), memory))
+            .await
     }
 
     /// Starts so many sandboxes as this one is now; and where the server's time went.
@@ -85,7 +85,7 @@ impl Client {
         overwrite: bool,
         memory: bool,
     ) -> Result<Value, ClientError> {
-        let mut body = json!({ "sandbox_id": id, "memory": memory });
+        let mut body = with_memory(json!({ "sandbox_id": id }), memory);
         if let Some(name) = name {
             body["name"] = name.into();
         }
@@ -131,6 +131,14 @@ impl Client {
         let request = self.request(Method::DELETE, &["v1", "snapshots", name]);
         self.send(request).await.map(drop)
     }
+}
+
+/// Says so where memory is to be left out.
+fn with_memory(mut body: Value, memory: bool) -> Value {
+    if !memory {
+        body["memory"] = false.into();
+    }
+    body
 }
 
 /// A list as the API gives it; anything else is an empty one.

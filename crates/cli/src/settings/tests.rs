@@ -23,6 +23,22 @@ fn config(text: &str) -> (tempfile::TempDir, GlobalArgs) {
 }
 
 #[test]
+fn so_much_memory_is_counted_and_no_nonsense() {
+    let (_folder, flags) = config("[up]\nexpected_use = 50\n");
+    let settings = Settings::resolve(&flags, &|_| None).unwrap();
+    let up = up::Args::default();
+    let counted = settings.up(&up, &|_| None).unwrap().host.expected_use;
+    assert_eq!(counted, Some(50));
+    let env = environment(&[("WRENN_EXPECTED_USE", "100")]);
+    assert_eq!(settings.up(&up, &env).unwrap().host.expected_use, Some(100));
+    let env = environment(&[("WRENN_EXPECTED_USE", "0")]);
+    let error = settings.up(&up, &env).unwrap_err().to_string();
+    assert!(error.contains("1 to 100"), "{error}");
+    let (_folder, flags) = config("[up]\nexpected_use = 101\n");
+    assert!(Settings::resolve(&flags, &|_| None).is_err());
+}
+
+#[test]
 fn a_data_folder_is_the_same_from_everywhere() {
     let (_folder, mut flags) = config("");
     flags.data_dir = Some("some/folder".into());

@@ -157,4 +157,15 @@ fn snapshots_are_made_listed_and_deleted() {
     let again = run(&fake, &["snapshot", "rm", "mine", "--json"]);
     assert_eq!(again.code, 1);
     assert!(again.stderr.contains("not_found"), "{}", again.stderr);
+    let alone = [
+        "snapshot",
+        "create",
+        "00aa",
+        "--name",
+        "disk",
+        "--disk-only",
+    ];
+    assert_eq!(run(&fake, &alone).code, 0);
+    let asked = fake.seen().asked.last().cloned().unwrap();
+    assert_eq!(asked.2["memory"], false);
 }

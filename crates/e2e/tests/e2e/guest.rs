@@ -273,3 +273,34 @@ pub(crate) async fn g34_a_crash_of_the_agent_ends_no_program(server: &Server) {
     );
     api.destroy(&sandbox.id).await;
 }
+
+/// Takes all the disk there is, tries to write more, and gives it back.
+const FILL: &str = r#"
+import errno, os
+os.chdir("/home/user")
+fd, size = os.open("big", os.O_CREAT | os.O_RDWR), 0
+try:
+    while True:
+        os.posix_fallocate(fd, size, 64 << 20)
+        size += 64 << 20
+except OSError as error:
+    print(errno.errorcode[error.errno], size >= 1 << 30)
+try:
+    with open("more", "wb") as more:
+        more.write(bytes(128 << 20))
+    print("written")
+except OSError as error:
+    print(errno.errorcode[error.errno])
+"#;
+
+/// A sandbox's disk is as large as it was asked for; at its end programs are told so.
+pub(crate) async fn a_full_disk_is_an_error_and_no_frozen_machine(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    api.write_file(&id, "/tmp/fill.py", FILL).await;
+    let said = api.shell(&id, "python3 /tmp/fill.py").await;
+    assert_eq!(said, "ENOSPC True\nENOSPC\n");
+    let line = "echo alive; cd /home/user; rm big more; echo x > f; cat f";
+    assert_eq!(api.shell(&id, line).await, "alive\nx\n");
+    api.destroy(&id).await;
+}

@@ -1,11 +1,11 @@
-//! Create, use, kill, many times: the host is as it was.
+//! Create, use, save, kill, many times: the host is as it was.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use serde_json::json;
-use wrenn_e2e::{HostState, Server};
+use wrenn_e2e::{Api, HostState, Server};
 
 /// In `make test`; the long form is the thousand of G7.
 const CYCLES: usize = 50;
@@ -53,11 +53,34 @@ async fn run(server: &Server, cycles: usize) {
     for _ in 0..cycles / AT_ONCE {
         // A client of its own, so that its connections are not counted as the server's.
         let api = server.api();
-        join_all((0..AT_ONCE).map(|_| async {
-            let id = api.create(&json!({})).await;
-            assert_eq!(api.shell(&id, "echo x > f; cat f").await, "x\n");
-            api.destroy(&id).await;
+        join_all((0..AT_ONCE).map(|index| {
+            let api = &api;
+            async move {
+                let id = api.create(&json!({})).await;
+                assert_eq!(api.shell(&id, "echo x > f; cat f").await, "x\n");
+                if index == 0 {
+                    save(api, &id).await;
+                }
+                api.destroy(&id).await;
+            }
         }))
         .await;
     }
+}
+
+/// Everything that saves a sandbox and goes on from what was saved.
+async fn save(api: &Api, id: &str) {
+    let path = |verb: &str| format!("/v1/sandboxes/{id}/{verb}");
+    for (verb, body, status) in [
+        ("checkpoints", json!({"name": "point"}), 201),
+        ("pause", json!({}), 200),
+        ("resume", json!({}), 200),
+        ("rollback", json!({"checkpoint": "point"}), 200),
+    ] {
+        api.post(&path(verb), &body).await.expect(status);
+    }
+    let forked = api.post(&path("fork"), &json!({})).await.expect(201).json();
+    let child = forked[0]["id"].as_str().expect("a child");
+    assert_eq!(api.shell(child, "cat f").await, "x\n");
+    api.destroy(child).await;
 }

@@ -202,7 +202,12 @@ impl HostRpc {
         let memory_available_bytes = read("memory", capacity::memory_available())?;
         let disk = capacity::disk_available(&parts.config.data_dir);
         let disk_available_bytes = read("disk", disk)?;
-        let fits = capacity::fits(Shape::DEFAULT, memory_available_bytes, disk_available_bytes);
+        let fits = capacity::fits(
+            Shape::DEFAULT,
+            parts.config.expected_use_percent,
+            memory_available_bytes,
+            disk_available_bytes,
+        );
         let vmm = parts.site.vmm.info();
         Ok(rpc::GetInfoResponse {
             host_id: parts.config.host_id.to_string(),

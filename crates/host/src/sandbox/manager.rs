@@ -158,7 +158,8 @@ impl Manager {
         }
         self.admit()?;
         let shape = create.shape.unwrap_or(Shape::DEFAULT);
-        capacity::admit(shape, &self.common.site.config.data_dir)?;
+        let config = &self.common.site.config;
+        capacity::admit(shape, config.expected_use_percent, &config.data_dir)?;
         let (owner, handle) = Owner::new(
             id,
             &create.template,

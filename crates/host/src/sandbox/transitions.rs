@@ -305,7 +305,8 @@ impl Owner {
         resume: Resume,
     ) -> Result<(LiveMachine, Journal, Resumed), SandboxError> {
         let site = &self.common.site;
-        capacity::admit(paused.shape, &site.config.data_dir)?;
+        let config = &site.config;
+        capacity::admit(paused.shape, config.expected_use_percent, &config.data_dir)?;
         self.set(SandboxState::Resuming, None);
         let mut phases = Phases::default();
         let mut clock = Instant::now();

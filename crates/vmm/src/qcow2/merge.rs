@@ -91,7 +91,8 @@ impl Layer<'_> {
         let disk = disk.ok_or_else(|| damaged("its size is impossible"))?;
         let entries = disk.div_ceil(L1_COVERS);
         let has = short(36).filter(|has| (entries..=MAX_BYTES / L1_COVERS).contains(has));
-        let at = long(40).filter(|at| at.is_multiple_of(CLUSTER));
+        let length = file.metadata()?.len();
+        let at = long(40).filter(|at| at.is_multiple_of(CLUSTER) && *at < length);
         let (Some(_), Some(at)) = (has, at) else {
             return Err(damaged("its L1 table is not where or what it must be"));
         };

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use wrenn_host::capacity::{
-    DISK_EACH, DISK_RESERVE, EXPECTED_USE_PERCENT, IDLE_MACHINE, MEMORY_RESERVE,
+    DISK_EACH, DISK_RESERVE, EXPECTED_USE_PERCENT, IDLE_MACHINE, MEMORY_RESERVE, expected_use,
 };
 use wrenn_types::Shape;
 use wrenn_vmm::probe::Limits;
@@ -48,7 +48,7 @@ impl Capacity {
 
     /// So many that all work.
     fn at_work(self) -> u64 {
-        self.by_memory(IDLE_MACHINE + Shape::DEFAULT.memory.bytes() * EXPECTED_USE_PERCENT / 100)
+        self.by_memory(expected_use(Shape::DEFAULT, EXPECTED_USE_PERCENT))
             .min(self.by_disk())
     }
 

@@ -177,6 +177,15 @@ fn host_config(host: &HostSettings, data_dir: &Path) -> Result<HostConfig, Failu
     if let Some(size) = host.pool_size {
         config.pool_size = size as usize;
     }
+    if let Some(percent) = host.expected_use {
+        config.expected_use_percent = percent;
+    }
+    if let Some(mbit) = host.guest_bandwidth {
+        config.guest_limits.bytes_per_sec = Some(u64::from(mbit) * 1_000_000 / 8);
+    }
+    if host.guest_connections.is_some() {
+        config.guest_limits.connections = host.guest_connections;
+    }
     Ok(config)
 }
 
