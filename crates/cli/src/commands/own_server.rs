@@ -132,7 +132,12 @@ impl Ground {
     fn wrenn(&self, args: &[&str]) -> Result<Command, Failure> {
         let exe = std::env::current_exe().map_err(|e| Failure::from_error(&e))?;
         let mut command = Command::new(exe);
+        // What is set for the operator's own server is not meant for this one: another agent to
+        // direct, or an end of all sandboxes with the server's.
         command
+            .env(crate::env::CONFIG, "/dev/null")
+            .env_remove(crate::env::HOST)
+            .env_remove(crate::env::ON_STOP)
             .arg("--data-dir")
             .arg(&self.folder)
             .args(args)

@@ -185,7 +185,9 @@ fn keys(table: &str) -> Vec<String> {
 /// Rows of the table of settings in docs/operations.md, a cell each.
 fn documented() -> Vec<Vec<String>> {
     let text = include_str!("../../../../docs/operations.md");
-    let rows = text.lines().filter(|line| line.starts_with("| `"));
+    // Some have no flag.
+    let is_row = |line: &&str| line.starts_with("| `") || line.starts_with("| | `");
+    let rows = text.lines().filter(is_row);
     let cell = |cell: &str| cell.trim().trim_matches('`').to_owned();
     rows.map(|row| row.trim_matches('|').split('|').map(cell).collect())
         .filter(|row: &Vec<String>| row.len() == 5)
