@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, chaos, debug, doctor, down, drain, gc, host_agent, image, keeper, run, sandbox, service,
-    snapshot, up, version,
+    bench, chaos, debug, doctor, down, drain, gc, host_agent, image, keeper, page_server, run,
+    sandbox, service, snapshot, up, version,
 };
 use crate::settings::{AcceleratorChoice, ColorChoice, LogFormat, VmmChoice};
 
@@ -128,6 +128,9 @@ pub(crate) enum Command {
     /// Start and watch one virtual machine; what `wrenn up` runs, not people
     #[command(hide = true)]
     Keeper(keeper::Args),
+    /// Serve the memory of one virtual machine; what `wrenn up` runs, not people
+    #[command(hide = true)]
+    PageServer(page_server::Args),
 }
 
 impl Command {
@@ -146,7 +149,7 @@ impl Command {
             Command::Chaos(args) => args.output.json,
             Command::Version(args) => args.output.json,
             Command::Up(_) | Command::HostAgent(_) | Command::Service(_) => false,
-            Command::Run(_) | Command::Keeper(_) => false,
+            Command::Run(_) | Command::Keeper(_) | Command::PageServer(_) => false,
         }
     }
 }

@@ -65,12 +65,15 @@ fn run(command: Command, context: Context) -> Result<ExitCode, Failure> {
         &context.settings,
         matches!(
             command,
-            Command::Up(_) | Command::HostAgent(_) | Command::Keeper(_)
+            Command::Up(_) | Command::HostAgent(_) | Command::Keeper(_) | Command::PageServer(_)
         ),
     )?;
     // The keeper forks and drops rights, for which there must be no other thread yet.
     if let Command::Keeper(args) = &command {
         return Ok(commands::keeper::run(args));
+    }
+    if let Command::PageServer(args) = &command {
+        return Ok(commands::page_server::run(args));
     }
     let runtime = runtime(&command)?;
     let outcome = runtime.block_on(dispatch(command, &context));
@@ -110,7 +113,9 @@ async fn dispatch(command: Command, context: &Context) -> Result<Exit, Failure> 
         Command::Bench(command) => command.run(context).await,
         Command::Chaos(args) => commands::chaos::run(&args, context).await,
         Command::Version(args) => commands::version::run(&args, context).await,
-        // `run` has taken it already.
-        Command::Keeper(_) => Err(Failure::message("the keeper runs without an async runtime")),
+        // `run` has taken them already.
+        Command::Keeper(_) | Command::PageServer(_) => Err(Failure::message(
+            "keepers and page servers run without an async runtime",
+        )),
     }
 }

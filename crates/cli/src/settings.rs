@@ -41,6 +41,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use wrenn_types::{ApiKey, SecretError};
+use wrenn_vmm::probe::Driver;
 
 use crate::args::{GlobalArgs, HostArgs};
 use crate::commands::{host_agent, up};
@@ -94,6 +95,17 @@ pub(crate) enum VmmChoice {
     Qemu,
     /// Firecracker.
     Firecracker,
+}
+
+impl VmmChoice {
+    /// What is forced, if anything is.
+    pub(crate) fn driver(self) -> Option<Driver> {
+        match self {
+            VmmChoice::Auto => None,
+            VmmChoice::Qemu => Some(Driver::Qemu),
+            VmmChoice::Firecracker => Some(Driver::Firecracker),
+        }
+    }
 }
 
 /// What executes the guest's instructions.

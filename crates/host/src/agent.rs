@@ -14,7 +14,8 @@ use wrenn_image::ImageStore;
 use wrenn_net::{NetConfig, NetError, SlotPool};
 use wrenn_snapshot::SnapshotError;
 use wrenn_types::SandboxId;
-use wrenn_vmm::{Launcher, QemuConfig, QemuVmm, Vmm, VmmError};
+use wrenn_vmm::probe::Driver;
+use wrenn_vmm::{FirecrackerConfig, FirecrackerVmm, Launcher, QemuConfig, QemuVmm, Vmm, VmmError};
 use wrenn_wire::wrenn::host::v1::HostServiceExt;
 
 use crate::activity::InUse;
@@ -120,7 +121,11 @@ pub(crate) fn lock_data_dir(config: &HostConfig) -> Result<DataDirLock, AgentErr
             .map_err(fail(dir.clone()))?;
     }
     // What a guest's memory held is nobody else's.
-    for dir in [config.snapshots_dir(), config.paused_dir()] {
+    for dir in [
+        config.snapshots_dir(),
+        config.working_sets_dir(),
+        config.paused_dir(),
+    ] {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -145,15 +150,27 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
         program,
         args: args.into_iter().map(Into::into).collect(),
     };
-    let (data_dir, asked) = (config.data_dir.clone(), config.accelerator);
-    let probed = tokio::task::spawn_blocking(move || {
+    let (data_dir, driver, accelerator) =
+        (config.data_dir.clone(), config.driver, config.accelerator);
+    let probed = tokio::task::spawn_blocking(move || -> Result<Arc<dyn Vmm>, VmmError> {
         let report = wrenn_vmm::probe::host(Some(&data_dir))?;
-        let choice = wrenn_vmm::probe::choose(&report, asked)?;
-        QemuConfig::from_report(&report, choice, launcher)
+        let chosen = wrenn_vmm::probe::choose_driver(&report, driver)?;
+        Ok(match chosen.driver {
+            Driver::Firecracker => {
+                let why = chosen.why;
+                let config = FirecrackerConfig::from_report(&report, why, launcher, &data_dir)?;
+                Arc::new(FirecrackerVmm::new(config))
+            }
+            Driver::Qemu => {
+                let choice = wrenn_vmm::probe::choose(&report, accelerator)?;
+                let config = QemuConfig::from_report(&report, choice, launcher)?;
+                Arc::new(QemuVmm::new(config))
+            }
+        })
     });
-    let vmm = QemuVmm::new(probed.await.map_err(AgentError::Probe)??);
+    let vmm = probed.await.map_err(AgentError::Probe)??;
     let info = vmm.info();
-    tracing::info!(version = info.version, accelerator = %info.accelerator, why = info.why, "qemu");
+    tracing::info!(vmm = info.kind, version = info.version, accelerator = %info.accelerator, why = info.why, "virtual machine monitor");
     let mut net = NetConfig::new(config.network_dir());
     net.name_prefix = config.network_prefix.clone();
     net.subnet = config.subnet.parse()?;
@@ -170,7 +187,7 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
     }
     Ok(Site {
         config,
-        vmm: Arc::new(vmm),
+        vmm,
         slots,
         cgroups,
     })
@@ -275,8 +292,8 @@ impl HostAgent {
         let pool = Pool::new(site.clone(), templates.clone());
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
         let snapshots = {
-            let dir = config.snapshots_dir();
-            let opened = tokio::task::spawn_blocking(move || Snapshots::open(&dir));
+            let (dir, sets) = (config.snapshots_dir(), config.working_sets_dir());
+            let opened = tokio::task::spawn_blocking(move || Snapshots::open(&dir, sets));
             opened.await.map_err(AgentError::Probe)??
         };
         let events = EventLog::open(&config.data_dir).map_err(|source| AgentError::DataDir {

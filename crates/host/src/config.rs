@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use wrenn_net::Limits;
+use wrenn_snapshot::SnapshotId;
 use wrenn_types::{HostId, MemoryMib, ShapeLimits, Vcpus};
 use wrenn_vmm::Accelerator;
+use wrenn_vmm::probe::Driver;
 
 /// Settings of one host agent.
 #[derive(Debug, Clone)]
@@ -16,6 +18,8 @@ pub struct HostConfig {
     pub host_id: HostId,
     /// Program and first arguments that start a keeper: this binary and `keeper`.
     pub keeper: (PathBuf, Vec<String>),
+    /// The same for a page server, see [`crate::serve_pages`]: this binary and `page-server`.
+    pub page_server: (PathBuf, Vec<String>),
     /// Prefix of namespaces, links and firewall tables, so that two agents on one machine
     /// (tests, above all) keep apart.
     pub network_prefix: String,
@@ -25,6 +29,8 @@ pub struct HostConfig {
     pub guest_limits: Limits,
     /// How many machines wait restored, warmed and stopped.
     pub pool_size: usize,
+    /// Forces a virtual machine monitor; none: what a probe finds.
+    pub driver: Option<Driver>,
     /// Forces an accelerator; none: what a probe finds.
     pub accelerator: Option<Accelerator>,
     /// The template that the pool holds ready.
@@ -39,19 +45,22 @@ pub struct HostConfig {
 }
 
 impl HostConfig {
-    /// The settings of `wrenn up` for a data folder.
-    pub fn new(data_dir: PathBuf, host_id: HostId, keeper: (PathBuf, Vec<String>)) -> Self {
+    /// The settings of `wrenn up` for a data folder. `program` is this binary, which is started
+    /// again as keeper and as page server.
+    pub fn new(data_dir: PathBuf, host_id: HostId, program: PathBuf) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
         let names = Names::of(&data_dir);
         HostConfig {
             data_dir,
             host_id,
-            keeper,
+            page_server: (program.clone(), vec!["page-server".to_owned()]),
+            keeper: (program, vec!["keeper".to_owned()]),
             network_prefix: names.prefix,
             subnet: names.subnet,
             guest_limits: Limits::default(),
             // A waiting machine costs some 40 MiB and no processor time.
             pool_size: (2 * cpus).clamp(2, 16),
+            driver: None,
             accelerator: None,
             default_template: "minimal".to_owned(),
             expected_use_percent: crate::capacity::EXPECTED_USE_PERCENT,
@@ -79,6 +88,16 @@ impl HostConfig {
     /// Where snapshots of sandboxes are kept.
     pub(crate) fn snapshots_dir(&self) -> PathBuf {
         self.data_dir.join("snapshots")
+    }
+
+    /// Which pages of snapshots are asked for first.
+    pub(crate) fn working_sets_dir(&self) -> PathBuf {
+        self.data_dir.join("working-sets")
+    }
+
+    /// The same of one snapshot.
+    pub(crate) fn working_set(&self, snapshot: SnapshotId) -> PathBuf {
+        self.working_sets_dir().join(snapshot.to_string())
     }
 
     /// Where the journals of paused sandboxes are.

@@ -26,11 +26,12 @@ use crate::settled::Settled;
 use crate::status::{Counts, Shared, State};
 use crate::working_set::WorkingSet;
 
-/// Serves one machine's memory until that machine is gone, and tells what was done. Blocking;
-/// two more threads live as long as it does. On an error there is no machine any more.
+/// Serves one machine's memory until that machine is gone, and tells what was done. Once a
+/// monitor may connect, `listening` is called. Blocking; two more threads live as long as it
+/// does. On an error there is no machine any more.
 ///
 /// The status file tells the same, also to who was not there.
-pub fn serve(config: &Config) -> Result<Counts, ServeError> {
+pub fn serve(config: &Config, listening: impl FnOnce()) -> Result<Counts, ServeError> {
     let opened = Opened::open(config).inspect_err(|error| {
         house::write_failure(&config.status, error);
     })?;
@@ -40,6 +41,7 @@ pub fn serve(config: &Config) -> Result<Counts, ServeError> {
         control,
         socket,
     } = opened;
+    listening();
     let (save, saves) = channel();
     let result = std::thread::scope(|scope| {
         // However this ends, the housekeeper must too, or the scope would wait for it.

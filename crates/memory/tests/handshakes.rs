@@ -123,7 +123,7 @@ fn g16_what_cannot_be_opened_is_told_before_a_monitor_runs() {
     let rig = Rig::mixed(1);
     let fine = rig.config(Policy::default());
     let check = |what: &str, config: &wrenn_memory::Config, names: &str| {
-        let error = wrenn_memory::serve(config).unwrap_err();
+        let error = wrenn_memory::serve(config, || {}).unwrap_err();
         let reason = error.reason();
         assert!(reason.contains(names), "{what}: {reason}");
         assert_eq!(status_file(&config.status).reason, Some(reason));
@@ -176,7 +176,7 @@ fn g16_what_cannot_be_opened_is_told_before_a_monitor_runs() {
 fn a_socket_in_use_is_not_taken_over() {
     let rig = Rig::mixed(1);
     let server = rig.serve(Policy::default());
-    let error = wrenn_memory::serve(&rig.config(Policy::default())).unwrap_err();
+    let error = wrenn_memory::serve(&rig.config(Policy::default()), || {}).unwrap_err();
     let reason = error.reason();
     assert!(
         reason.contains(server.config.control.to_str().unwrap()),

@@ -64,6 +64,12 @@ impl DeltaFile {
             .map_err(|source| failed("scan", self.bytes, source))
     }
 
+    /// All pages, of a file that holds a whole memory.
+    pub(crate) fn all(&self) -> Vec<PageRange> {
+        let count = self.bytes / PAGE as u64;
+        vec![PageRange { first: 0, count }]
+    }
+
     fn write(&self, first: u64, bytes: &[u8]) -> Result<(), DeltaError> {
         self.file
             .write_all_at(bytes, first * PAGE as u64)

@@ -25,10 +25,40 @@ impl fmt::Display for Accelerator {
     }
 }
 
+/// How a monitor's disk layers are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerFormat {
+    /// qcow2: each layer has what differs from those below.
+    Qcow2,
+    /// Raw: each layer is a whole image.
+    Raw,
+}
+
+impl LayerFormat {
+    /// Its name, which files of it end with.
+    pub fn name(self) -> &'static str {
+        match self {
+            LayerFormat::Qcow2 => "qcow2",
+            LayerFormat::Raw => "raw",
+        }
+    }
+}
+
+/// What of a kernel a monitor boots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelFormat {
+    /// The compressed image that Linux distributions ship.
+    BzImage,
+    /// The ELF file in it.
+    Elf,
+}
+
 /// The virtual machine monitor in use and why it was chosen.
 #[derive(Debug, Clone, Serialize)]
 pub struct VmmInfo {
-    /// The driver: `qemu`.
+    /// The driver: `qemu` or `firecracker`.
     pub kind: &'static str,
     /// The program.
     pub path: PathBuf,
@@ -43,6 +73,13 @@ pub struct VmmInfo {
     /// How slow this host is for guests: 1 for the machine the time limits were set on, 2
     /// for one that takes twice as long.
     pub slowness: f64,
+    /// How disk layers are written.
+    pub layers: LayerFormat,
+    /// What of a kernel is booted.
+    pub kernel: KernelFormat,
+    /// Whether memory that was saved over a template is best had from a page server
+    /// ([`crate::Vmm::restore_served`]), since it cannot be laid over the template's in place.
+    pub page_server: bool,
 }
 
 impl VmmInfo {
@@ -59,7 +96,7 @@ impl VmmInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fingerprint {
-    /// The driver: `qemu`.
+    /// The driver: `qemu` or `firecracker`.
     pub vmm: String,
     /// The monitor's version.
     pub version: String,

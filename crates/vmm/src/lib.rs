@@ -55,8 +55,9 @@ pub use digest::Digest;
 pub use error::VmmError;
 pub use firecracker::{
     ApiError, CloneWay, Cloning, Devices, FirecrackerConfig, FirecrackerMachine, FirecrackerVmm,
+    left_layer,
 };
-pub use info::{Accelerator, Fingerprint, Incompatible, VmmInfo};
+pub use info::{Accelerator, Fingerprint, Incompatible, KernelFormat, LayerFormat, VmmInfo};
 pub use keeper::Launcher;
 pub use machine::{
     BootFiles, BootSpec, DiskChain, ExitCause, ExitReason, IDENTITY_BYTES, Machine, MachinePids,

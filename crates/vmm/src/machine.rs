@@ -28,10 +28,10 @@ pub trait Vmm: Send + Sync {
     /// `spec.memory`, so that it can become a template.
     async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Machine>, VmmError>;
 
-    /// Boots a machine cold over memory that others share, which it only reads: what it
-    /// writes, its own pages hold. A kernel takes memory as it finds it, as after the reset
-    /// button, and [`Machine::save_delta`] then tells what differs from the shared memory, as
-    /// it does of a restored machine. Stopped before its first instruction when this returns.
+    /// Boots a machine cold whose memory [`Machine::save_delta`] can tell as a change of
+    /// memory that others share, as that of a restored one: QEMU boots it over that memory,
+    /// which it only reads (a kernel takes memory as it finds it, as after the reset button).
+    /// Stopped before its first instruction when this returns.
     async fn boot_private(
         &self,
         machine: MachineSpec,
@@ -91,6 +91,10 @@ pub trait Machine: Send + Sync {
     /// reaches the platter is left to the caller's `fsync` of its file. If this fails before
     /// the switch the disk is as before.
     async fn switch_disk_layer(&self, top: &Path) -> Result<(), VmmError>;
+
+    /// Which of these layers, files of the machine with the lowest first, it writes to. Those
+    /// above were prepared for a switch that was not done, and are no part of the disk.
+    fn written_layer(&self, layers: &[PathBuf]) -> Result<usize, VmmError>;
 
     /// Whether the processors run, as last reported by the monitor.
     fn run_state(&self) -> watch::Receiver<RunState>;
@@ -226,6 +230,9 @@ pub struct ServedSpec {
     /// machine. The machine's user must be able to connect to it (connect(2) asks for the right
     /// to write); it sees it as a socket of its own, whatever folders lie above it.
     pub socket: PathBuf,
+    /// The page server's process, see pidfd_open(2). The machine's keeper ends the machine when
+    /// that process ends first: a page that nobody serves would be waited for for ever.
+    pub server: OwnedFd,
     /// The state at the save, open for reading at its start.
     pub state: File,
 }

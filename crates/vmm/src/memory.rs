@@ -253,7 +253,7 @@ impl SealedMemory {
     }
 
     /// A descriptor of its own for a machine.
-    pub(crate) fn share(&self) -> io::Result<OwnedFd> {
+    pub fn share(&self) -> io::Result<OwnedFd> {
         self.file.as_fd().try_clone_to_owned()
     }
 

@@ -45,9 +45,10 @@ pub(super) async fn sweep(
     let exe = std::env::current_exe().map_err(|error| {
         Failure::message(format!("cannot find this program's own file: {error}"))
     })?;
-    let launcher = (exe, vec!["keeper".to_owned()]);
     // Nothing that is swept depends on the host's id.
-    let config = HostConfig::new(settings.data_dir.clone(), HostId::new(), launcher);
+    let mut config = HostConfig::new(settings.data_dir.clone(), HostId::new(), exe);
+    let up = settings.up(&super::up::Args::default(), &crate::environment)?;
+    config.driver = up.host.vmm.driver();
     wrenn_host::sweep(config, destroy, dry_run)
         .await
         .map_err(|error| Failure::from_error(&error).code("gc"))

@@ -12,6 +12,7 @@ pub(crate) mod host_agent;
 pub(crate) mod image;
 pub(crate) mod keeper;
 mod own_server;
+pub(crate) mod page_server;
 pub(crate) mod run;
 pub(crate) mod sandbox;
 pub(crate) mod service;

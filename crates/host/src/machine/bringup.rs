@@ -10,14 +10,15 @@ use serde::Serialize;
 use sha2::{Digest, Sha512};
 use wrenn_image::Image;
 use wrenn_net::Slot;
-use wrenn_snapshot::{Snapshot, SnapshotError};
+use wrenn_snapshot::{DiskFile, Snapshot, SnapshotError, SnapshotId};
 use wrenn_types::{AccessToken, Shape};
 use wrenn_vmm::{
     Accelerator, BootFiles, BootSpec, Delta, DiskChain, FIRMWARE_BYTES, Fingerprint,
-    IDENTITY_BYTES, Machine, MachineSpec, MemoryFile, RestoreSpec, SealedMemory, VmmError,
-    create_overlay, state_file,
+    IDENTITY_BYTES, KernelFormat, Machine, MachineSpec, MemoryFile, RestoreSpec, ServedSpec,
+    VmmError, state_file,
 };
 
+use super::page_server::PageServer;
 use super::{
     LiveMachine, MachineError, Phases, RECORD, RECORD_VERSION, Record, Site, files, name_of,
     write_json,
@@ -111,12 +112,16 @@ impl Ground {
         site: &Site,
         shape: Shape,
         vm: &Arc<dyn Machine>,
+        page_server: Option<u32>,
     ) -> Result<(), MachineError> {
         let pids = vm.pids();
         let (name, limits) = (name_of(&self.folder), Limits::of(shape));
+        let pids = [pids.keeper.pid, pids.vmm.pid]
+            .into_iter()
+            .chain(page_server);
         let confined = site
             .cgroups
-            .confine(&name, limits, &[pids.keeper.pid, pids.vmm.pid]);
+            .confine(&name, limits, &pids.collect::<Vec<_>>());
         confined.map_err(|source| MachineError::File {
             action: "limit the processes of",
             path: self.folder.clone(),
@@ -155,15 +160,7 @@ async fn kill_unconfined(vm: &Arc<dyn Machine>) {
 }
 
 /// The disk layer, in a machine's folder, that a machine starts to write to.
-pub const FIRST_LAYER: &str = "disk.qcow2";
-
-fn make_overlay(path: &Path, size: u64) -> Result<(), MachineError> {
-    create_overlay(path, size).map_err(|source| MachineError::File {
-        action: "make the disk",
-        path: path.to_owned(),
-        source: std::io::Error::other(source),
-    })
-}
+pub const FIRST_LAYER: &str = "disk";
 
 /// What a machine is restored from.
 #[derive(Clone)]
@@ -215,6 +212,8 @@ enum Beginning {
     Boot,
     Template(File),
     Saved(File, Delta),
+    /// The memory is this snapshot's, from a page server.
+    Served(File, SnapshotId),
 }
 
 /// The disk layers over the template's, and what is in memory.
@@ -232,8 +231,19 @@ async fn contents(site: &Site, origin: &Origin) -> Result<(Vec<PathBuf>, Beginni
         return saved_contents(site, snapshot).await;
     }
     let layers = blocking(move || snapshot.disk_layers()).await?;
-    let paths = layers.into_iter().map(|layer| layer.path);
-    Ok((paths.collect(), Beginning::Boot))
+    Ok((layer_paths(site, layers)?, Beginning::Boot))
+}
+
+/// Where these layers are, if this host's monitor can have them.
+fn layer_paths(site: &Site, layers: Vec<DiskFile>) -> Result<Vec<PathBuf>, MachineError> {
+    let format = site.vmm.info().layers.name();
+    match layers.iter().find(|layer| layer.layer.format != format) {
+        Some(other) => Err(MachineError::OtherFormat(
+            other.layer.format.clone(),
+            format,
+        )),
+        None => Ok(layers.into_iter().map(|layer| layer.path).collect()),
+    }
 }
 
 async fn saved_contents(
@@ -241,6 +251,7 @@ async fn saved_contents(
     snapshot: Arc<Snapshot>,
 ) -> Result<(Vec<PathBuf>, Beginning), MachineError> {
     let here = site.vmm.info().fingerprint.clone();
+    let served = site.vmm.info().page_server;
     let read = blocking(move || {
         let layers = snapshot.disk_layers()?;
         let part = firmware_part()?;
@@ -253,21 +264,19 @@ async fn saved_contents(
             let problem = format!("snapshot {} holds a disk and no machine", snapshot.id());
             return Err(SnapshotError::Incomplete(problem));
         };
-        let pages = SnapshotPages(memory.delta());
+        let delta = (!served).then(|| Delta {
+            firmware: Box::new(firmware),
+            pages: Box::new(SnapshotPages(memory.delta())),
+        });
         Ok((
             snapshot.manifest().description.vmm.fingerprint.clone(),
-            layers
-                .into_iter()
-                .map(|layer| layer.path)
-                .collect::<Vec<_>>(),
+            layers,
             snapshot.device_state().to_vec(),
-            Delta {
-                firmware: Box::new(firmware),
-                pages: Box::new(pages),
-            },
+            delta,
+            snapshot.id(),
         ))
     });
-    let (fingerprint, layers, state, delta) = read.await?;
+    let (fingerprint, layers, state, delta, id) = read.await?;
     let saved: Fingerprint = serde_json::from_value(fingerprint)
         .map_err(|e| MachineError::OtherMonitor(format!("its description is not known: {e}")))?;
     here.accepts(&saved)
@@ -277,7 +286,11 @@ async fn saved_contents(
         path: site.config.snapshots_dir(),
         source,
     })?;
-    Ok((layers, Beginning::Saved(state, delta)))
+    let beginning = match delta {
+        Some(delta) => Beginning::Saved(state, delta),
+        None => Beginning::Served(state, id),
+    };
+    Ok((layer_paths(site, layers)?, beginning))
 }
 
 /// Restores a machine in a slot of its own, or prepares its boot. It is loaded and stopped;
@@ -293,15 +306,20 @@ pub async fn restore(
     if origin.snapshot.is_some() {
         phases.note("verify", &mut clock);
     }
+    let manifest = &template.manifest;
+    let format = site.vmm.info().layers.name();
+    if manifest.disk_format != format {
+        let other = manifest.disk_format.clone();
+        return Err(MachineError::OtherFormat(other, format));
+    }
     let ground = Ground::take(site).await?;
     phases.note("slot", &mut clock);
-    let manifest = &template.manifest;
     let inner = async {
         let host_token = AccessToken::generate()?;
         let restore_id = new_restore_id()?;
         let channel = restore_channel(&restore_id, &manifest.name, &host_token)?;
         let top = ground.folder.join(FIRST_LAYER);
-        make_overlay(&top, manifest.disk_bytes)?;
+        site.vmm.create_layer(&top, manifest.disk_bytes)?;
         let disk = DiskChain {
             base: template.image.rootfs(),
             layers: [template.disk()].into_iter().chain(layers).collect(),
@@ -325,23 +343,25 @@ pub async fn restore(
         let cmdline = match beginning {
             // For the clock of the host that it is now, not of the one it was frozen on.
             Beginning::Boot => kernel_command_line(site),
-            Beginning::Template(_) | Beginning::Saved(..) => manifest.cmdline.clone(),
+            _ => manifest.cmdline.clone(),
         };
-        let boot = boot_files(&template.image, cmdline);
+        let boot = boot_files(site, &template.image, cmdline);
         let machine = ground.spec(manifest.shape, boot, disk, channel).await?;
         phases.note("prepare", &mut clock);
-        let vm = start(site, machine, template.memory.clone(), beginning).await?;
+        let (vm, page_server) = start(site, &ground, template, machine, beginning).await?;
         phases.note("restore", &mut clock);
-        Ok((vm, record, restore_id))
+        Ok((vm, page_server, record, restore_id))
     };
     let inner = match inner.await {
-        Ok((vm, record, restore_id)) => match ground.confine(site, manifest.shape, &vm) {
-            Ok(()) => Ok((vm, record, restore_id)),
-            Err(error) => {
-                kill_unconfined(&vm).await;
-                Err(error)
+        Ok((vm, server, record, restore_id)) => {
+            match ground.confine(site, manifest.shape, &vm, server) {
+                Ok(()) => Ok((vm, record, restore_id)),
+                Err(error) => {
+                    kill_unconfined(&vm).await;
+                    Err(error)
+                }
             }
-        },
+        }
         Err(error) => Err(error),
     };
     match inner {
@@ -366,25 +386,69 @@ pub async fn restore(
     }
 }
 
+/// Starts a machine; with it goes the number of its page server, if it has one.
 async fn start(
     site: &Site,
+    ground: &Ground,
+    template: &LoadedTemplate,
     machine: MachineSpec,
-    memory: Arc<SealedMemory>,
     beginning: Beginning,
-) -> Result<Arc<dyn Machine>, VmmError> {
-    let (state, delta) = match beginning {
-        Beginning::Boot => return site.vmm.boot_private(machine, memory).await,
-        Beginning::Template(state) => (state, None),
-        Beginning::Saved(state, delta) => (state, Some(delta)),
-    };
-    let spec = RestoreSpec {
+) -> Result<(Arc<dyn Machine>, Option<u32>), MachineError> {
+    let memory = template.memory.clone();
+    let spec = |machine, state| RestoreSpec {
         machine,
-        memory,
+        memory: memory.clone(),
         state,
     };
-    match delta {
-        Some(delta) => site.vmm.restore_delta(spec, delta).await,
-        None => site.vmm.restore(spec).await,
+    let vm = match beginning {
+        Beginning::Boot => site.vmm.boot_private(machine, memory).await?,
+        Beginning::Template(state) => site.vmm.restore(spec(machine, state)).await?,
+        Beginning::Saved(state, delta) => {
+            let spec = spec(machine, state);
+            site.vmm.restore_delta(spec, delta).await?
+        }
+        Beginning::Served(state, snapshot) => {
+            return start_served(site, ground, template, machine, state, snapshot).await;
+        }
+    };
+    Ok((vm, None))
+}
+
+async fn start_served(
+    site: &Site,
+    ground: &Ground,
+    template: &LoadedTemplate,
+    machine: MachineSpec,
+    state: File,
+    snapshot: SnapshotId,
+) -> Result<(Arc<dyn Machine>, Option<u32>), MachineError> {
+    let server = PageServer::start(site, &ground.folder, ground.uid, template, snapshot).await?;
+    let process = server.process().map_err(|source| MachineError::File {
+        action: "watch what serves the memory of",
+        path: ground.folder.clone(),
+        source,
+    });
+    let started = match process {
+        Err(error) => Err(error),
+        Ok(process) => {
+            let spec = ServedSpec {
+                machine,
+                socket: server.socket.clone(),
+                server: process,
+                state,
+            };
+            site.vmm
+                .restore_served(spec)
+                .await
+                .map_err(MachineError::from)
+        }
+    };
+    match started {
+        Ok(vm) => Ok((vm, Some(server.pid))),
+        Err(error) => {
+            server.end();
+            Err(error)
+        }
     }
 }
 
@@ -397,9 +461,12 @@ pub fn kernel_command_line(site: &Site) -> String {
     }
 }
 
-fn boot_files(image: &Image, cmdline: String) -> BootFiles {
+fn boot_files(site: &Site, image: &Image, cmdline: String) -> BootFiles {
     BootFiles {
-        kernel: image.vmlinuz(),
+        kernel: match site.vmm.info().kernel {
+            KernelFormat::BzImage => image.vmlinuz(),
+            KernelFormat::Elf => image.vmlinux(),
+        },
         initramfs: image.initramfs(),
         cmdline,
     }
@@ -454,13 +521,13 @@ pub async fn boot_for_template(
         let host_token = AccessToken::generate()?;
         let restore_id = new_restore_id()?;
         let channel = restore_channel(&restore_id, name, &host_token)?;
-        make_overlay(disk, disk_bytes(image))?;
+        site.vmm.create_layer(disk, disk_bytes(image))?;
         let chain = DiskChain {
             base: image.rootfs(),
             layers: Vec::new(),
             top: disk.to_owned(),
         };
-        let boot = boot_files(image, kernel_command_line(site));
+        let boot = boot_files(site, image, kernel_command_line(site));
         let machine = ground.spec(shape, boot, chain, channel).await?;
         let memory = Arc::new(MemoryFile::create(shape.memory.bytes()).map_err(VmmError::from)?);
         let vm = site
@@ -470,7 +537,7 @@ pub async fn boot_for_template(
                 memory: memory.clone(),
             })
             .await?;
-        if let Err(error) = ground.confine(site, shape, &vm) {
+        if let Err(error) = ground.confine(site, shape, &vm, None) {
             kill_unconfined(&vm).await;
             return Err(error);
         }

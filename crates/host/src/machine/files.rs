@@ -4,7 +4,7 @@
 //! machines/m-…/          root, 0711: the VM's user may pass, not look
 //!     record.json        root, 0600: slot, template, host token
 //!     sandbox.json       root, 0600: the sandbox's journal
-//!     disk.qcow2         root, 0600: passed to QEMU as a descriptor
+//!     disk               root, 0600: passed to QEMU as a descriptor; Firecracker's is its user's
 //!     vm/                the VM's user, 0700: QMP socket, console, exit status
 //! ```
 

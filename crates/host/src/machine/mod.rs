@@ -3,6 +3,7 @@
 
 mod bringup;
 mod files;
+mod page_server;
 mod phases;
 mod sweep;
 
@@ -11,6 +12,7 @@ pub use bringup::{
     kernel_command_line, new_restore_id, restore,
 };
 pub use files::{read_json, remove_folder, vm_folder, write_json};
+pub use page_server::{failure as memory_failure, serve as serve_pages};
 pub use phases::{Phases, crash_by, reached};
 pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
 
@@ -65,6 +67,11 @@ pub enum MachineError {
         "the snapshot cannot be restored here: {0}; its disk can be booted: resume it without its memory"
     )]
     OtherMonitor(String),
+    /// The disk it comes from is of another monitor.
+    #[error(
+        "the disk is in the format {0}, and the monitor of this host takes {1}: start the agent with the monitor that made it (--vmm)"
+    )]
+    OtherFormat(String, &'static str),
     /// A file of the machine could not be handled.
     #[error("cannot {action} {path}: {source}")]
     File {
@@ -155,6 +162,7 @@ impl LiveMachine {
             tracing::error!(folder = %folder.display(), %error, "the VM could not be ended");
         }
         drop(vm);
+        page_server::ended(&folder).await;
         if let Err(error) = files::remove_folder(&folder).await {
             tracing::error!(%error, "the machine's folder stays");
         }

@@ -137,8 +137,8 @@ async fn end_paused(config: &HostConfig, rehearse: bool) -> Result<Vec<String>, 
         ended.push(sandbox.to_string());
     }
     if !rehearse {
-        let dir = config.snapshots_dir();
-        let snapshots = blocking(move || Snapshots::open(&dir)).await;
+        let (dir, sets) = (config.snapshots_dir(), config.working_sets_dir());
+        let snapshots = blocking(move || Snapshots::open(&dir, sets)).await;
         let snapshots = snapshots.map_err(MachineError::from)?;
         let left = snapshots.inventory().await.map_err(MachineError::from)?;
         let swept = snapshots.sweep(left, HashSet::new()).await;

@@ -9,7 +9,7 @@ use wrenn_vmm::{ExitCause, ExitReason, post_mortem};
 
 use super::journal::Journal;
 use crate::events::{Actor, DeathCertificate};
-use crate::machine::{LiveMachine, vm_folder};
+use crate::machine::{LiveMachine, memory_failure, vm_folder};
 
 /// What of the console is kept.
 const CONSOLE: usize = 4096;
@@ -77,6 +77,19 @@ impl End {
         }
     }
 
+    /// The same, where what supplied the machine's memory had failed.
+    pub fn after_memory_failure(self, folder: &Path) -> End {
+        let Some(why) = memory_failure(folder) else {
+            return self;
+        };
+        End {
+            cause: "memory_failed",
+            actor: Actor::Host,
+            reason: Some(format!("its memory could not be supplied any more: {why}")),
+            ..self
+        }
+    }
+
     /// Its machine has ended like this; `None` when nobody saw it.
     pub fn by_itself(exit: Option<&ExitReason>, console: &[u8]) -> End {
         let (cause, actor) = match exit.map(|exit| exit.cause) {
@@ -119,7 +132,7 @@ pub fn console_of(machine: &LiveMachine) -> Vec<u8> {
 /// What is known of a machine that died while no agent was there, from its folder.
 pub fn found_dead(folder: &Path, journal: &Journal) -> (End, DeathCertificate) {
     let (exit, console) = post_mortem(&vm_folder(folder), CONSOLE);
-    let end = End::by_itself(exit.as_ref(), &console);
+    let end = End::by_itself(exit.as_ref(), &console).after_memory_failure(folder);
     let certificate = certificate(&end, journal, &console);
     (end, certificate)
 }

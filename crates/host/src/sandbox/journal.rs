@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
@@ -30,8 +30,8 @@ pub struct Line {
     /// has it pinned.
     pub parent: Option<SnapshotId>,
     /// Its disk's layers since then, files in the machine's folder, the lowest first. The last
-    /// is written to, or will be after a switch that is under way; an empty one that is not
-    /// part of the disk changes nothing in it.
+    /// is written to, or will be after a switch that is under way; where that was not done, the
+    /// machine tells ([`wrenn_vmm::Machine::written_layer`]).
     pub layers: Vec<String>,
     /// It was booted from the parent's disk: what memory the parent has is not its own.
     #[serde(default)]
@@ -64,14 +64,18 @@ impl Line {
     /// A name for a layer on top of them; no earlier one of the machine had it.
     pub fn next_layer(&self) -> String {
         let number = |layer: &str| -> Option<u64> {
-            layer
-                .strip_prefix("disk-")?
-                .strip_suffix(".qcow2")?
-                .parse()
-                .ok()
+            // Earlier versions named the format behind a dot.
+            let number = layer.strip_prefix("disk-")?.split('.').next()?;
+            number.parse().ok()
         };
         let last = self.layers.iter().filter_map(|layer| number(layer)).max();
-        format!("disk-{}.qcow2", last.unwrap_or(0) + 1)
+        format!("disk-{}", last.unwrap_or(0) + 1)
+    }
+
+    /// The layers' files in the machine's folder.
+    pub fn paths(&self, folder: &Path) -> Vec<PathBuf> {
+        let layers = self.layers.iter();
+        layers.map(|layer| folder.join(layer)).collect()
     }
 }
 
@@ -261,12 +265,14 @@ mod tests {
     fn layers_get_names_of_their_own() {
         let mut line = Line::default();
         assert_eq!(line.top(), FIRST_LAYER);
-        for expected in ["disk-1.qcow2", "disk-2.qcow2"] {
+        for expected in ["disk-1", "disk-2"] {
             line.layers.push(line.next_layer());
             assert_eq!(line.top(), expected);
         }
         // Those below are gone into a snapshot; their names stay taken.
         line.layers.drain(..2);
-        assert_eq!(line.next_layer(), "disk-3.qcow2");
+        assert_eq!(line.next_layer(), "disk-3");
+        line.layers = vec!["disk-7.qcow2".to_owned()];
+        assert_eq!(line.next_layer(), "disk-8");
     }
 }

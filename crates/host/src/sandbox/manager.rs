@@ -21,7 +21,7 @@ use crate::events::{Actor, DeathCertificate, Kind};
 use crate::guest::chain;
 use crate::lifetime::Lifetime;
 use crate::machine::{LiveMachine, MachineError, Phases, record_in};
-use crate::snapshots::{Saver, Scope};
+use crate::snapshots::{Saver, Scope, keep_written_layers};
 
 /// So many ended sandboxes are remembered, with their reasons.
 const REMEMBERED: usize = 1000;
@@ -217,7 +217,8 @@ impl Manager {
                 machine.give_back(site).await;
                 Ok(Adopted::default())
             }
-            (Some(machine), Some(journal)) => {
+            (Some(machine), Some(mut journal)) => {
+                keep_written_layers(&machine, &mut journal);
                 let slot = machine.record.slot;
                 let id = journal.sandbox;
                 let pin = journal.line.parent.map(|parent| (parent, id.to_string()));

@@ -340,6 +340,7 @@ impl Owner {
                     let group = name_of(&machine.folder);
                     let killed = self.common.site.cgroups.oom_kills(&group);
                     let end = End::by_itself(how.as_ref(), &console_of(&machine));
+                    let end = end.after_memory_failure(&machine.folder);
                     let end = if killed > 0 { end.out_of_memory() } else { end };
                     return self.end(machine, &journal, end, None).await;
                 }

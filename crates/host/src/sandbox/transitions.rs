@@ -170,6 +170,7 @@ impl Owner {
             restored = machine.guest.init(&identity, &host_token, patience) => restored?,
             how = death(&mut exited) => {
                 let end = End::by_itself(how.as_ref(), &console_of(machine));
+                let end = end.after_memory_failure(&machine.folder);
                 let how = end.reason.unwrap_or_default();
                 return Err(SandboxError::Broken(format!("it died while it started: {how}")));
             }

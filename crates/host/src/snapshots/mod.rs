@@ -14,10 +14,10 @@ mod pages;
 mod save;
 
 pub use pages::{SnapshotPages, TemplateBase};
-pub use save::{Saver, Then, go_on, thaw};
+pub use save::{Saver, Then, go_on, keep_written_layers, thaw};
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,6 +83,8 @@ pub fn firmware_part() -> Result<PartName, SnapshotError> {
 /// The snapshots of this host.
 pub struct Snapshots {
     store: Store,
+    /// Which of their pages are asked for first; made by page servers, named as they are.
+    working_sets: PathBuf,
     /// Held while pins change: the last to let go must be the last.
     pins: Mutex<()>,
     deleted: Notify,
@@ -96,9 +98,10 @@ pub struct Inventory {
 
 impl Snapshots {
     /// Opens the store in `dir`, making it if there is none.
-    pub fn open(dir: &Path) -> Result<Arc<Snapshots>, SnapshotError> {
+    pub fn open(dir: &Path, working_sets: PathBuf) -> Result<Arc<Snapshots>, SnapshotError> {
         Ok(Arc::new(Snapshots {
             store: Store::open(dir)?,
+            working_sets,
             pins: Mutex::default(),
             deleted: Notify::new(),
         }))
@@ -232,9 +235,8 @@ impl Snapshots {
             loop {
                 snapshots.deleted.notified().await;
                 tokio::time::sleep(COLLECT_AFTER).await;
-                let store = snapshots.store.clone();
-                match blocking(move || store.collect()).await {
-                    Ok(collected) => tracing::debug!(?collected, "snapshots collected"),
+                match snapshots.collect().await {
+                    Ok(()) => {}
                     Err(error) => {
                         tracing::error!(error = %chain(&error), "deleted snapshots still take their space");
                     }
@@ -243,11 +245,32 @@ impl Snapshots {
         })
     }
 
-    /// Collects now; for commands without an agent.
+    /// Collects what was deleted.
     pub async fn collect(&self) -> Result<(), SnapshotError> {
-        let store = self.store.clone();
-        blocking(move || store.collect().map(drop)).await
+        let (store, working_sets) = (self.store.clone(), self.working_sets.clone());
+        blocking(move || {
+            let collected = store.collect()?;
+            tracing::debug!(?collected, "snapshots collected");
+            let there = store.list()?.into_iter().map(|id| id.to_string()).collect();
+            if let Err(error) = forget_working_sets(&working_sets, &there) {
+                // They are small, and tried again with the next snapshot.
+                tracing::warn!(folder = %working_sets.display(), %error, "working sets of deleted snapshots stay");
+            }
+            Ok(())
+        })
+        .await
     }
+}
+
+/// Removes the working sets of snapshots that are not `there`.
+fn forget_working_sets(dir: &Path, there: &HashSet<String>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if !there.contains(&*entry.file_name().to_string_lossy()) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Deletes a name; it is no error when it is gone.

@@ -13,7 +13,7 @@
 //! and after the switch its disk is one empty layer higher, which its journal knows.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -21,7 +21,7 @@ use wrenn_snapshot::{
     Compression, Description, Draft, Import, Memory, Origin, Snapshot, SnapshotError, SnapshotId,
     Vmm, pages_of,
 };
-use wrenn_vmm::{DeltaPages, Run, SavedDelta, create_overlay};
+use wrenn_vmm::{DeltaPages, LayerFormat, Run, SavedDelta, left_layer};
 
 use super::{
     LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE, Scope, Snapshots, TemplateBase,
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::activity::unix_ms;
 use crate::guest::{Guest, chain};
-use crate::machine::{LiveMachine, MachineError, Phases, Record, Site};
+use crate::machine::{LiveMachine, MachineError, Phases, Record, Site, vm_folder};
 use crate::sandbox::{Journal, SandboxError};
 use crate::template::LoadedTemplate;
 
@@ -113,12 +113,13 @@ impl Saver<'_> {
         let draft = match draft {
             Ok(draft) => draft,
             Err(error) => {
-                thaw(machine).await;
-                if !switched {
-                    // Its journal is true either way: a layer that is not used holds nothing.
+                if switched {
+                    keep_written_layers(machine, journal);
+                } else {
                     journal.line = before;
                     self.forget_layer(machine, journal, &new_top);
                 }
+                thaw(machine).await;
                 return Err(error);
             }
         };
@@ -130,14 +131,10 @@ impl Saver<'_> {
         }
         clock = Instant::now();
         let description = self.description(&machine.record, journal, name);
-        let layers: Vec<_> = before
-            .layers
-            .iter()
-            .map(|layer| machine.folder.join(layer))
-            .collect();
+        let layers = before.paths(&machine.folder);
         let committed = {
-            let parent = parent.clone();
-            blocking(move || commit(draft, parent.as_deref(), &layers, description))
+            let (parent, format) = (parent.clone(), self.site.vmm.info().layers);
+            blocking(move || commit(draft, parent.as_deref(), &layers, format, description))
         };
         let committed = match committed.await {
             Ok(snapshot) => Ok(Arc::new(snapshot)),
@@ -188,17 +185,15 @@ impl Saver<'_> {
             Some(id) => Some(self.snapshots.load(id).await?),
             None => None,
         };
-        let layers: Vec<_> = journal
-            .line
-            .layers
-            .iter()
-            .map(|layer| folder.join(layer))
-            .collect();
+        let mut layers = journal.line.paths(folder);
+        let written = left_layer(&vm_folder(folder), &layers).map_err(MachineError::from)?;
+        layers.truncate(written + 1);
+        let format = self.site.vmm.info().layers;
         let description = self.description(record, journal, "");
         let store = self.snapshots.store().clone();
         let saved = blocking(move || {
             let draft = store.draft(&parent.as_deref().into_iter().collect::<Vec<_>>())?;
-            commit(draft, parent.as_deref(), &layers, description)
+            commit(draft, parent.as_deref(), &layers, format, description)
         });
         let id = saved.await?.id();
         let owner = journal.sandbox.to_string();
@@ -212,13 +207,9 @@ impl Saver<'_> {
         journal: &Journal,
         path: &Path,
     ) -> Result<(), SandboxError> {
-        create_overlay(path, self.template.manifest.disk_bytes).map_err(|source| {
-            MachineError::File {
-                action: "make the disk layer",
-                path: path.to_owned(),
-                source: std::io::Error::other(source),
-            }
-        })?;
+        let disk_bytes = self.template.manifest.disk_bytes;
+        let made = self.site.vmm.create_layer(path, disk_bytes);
+        made.map_err(MachineError::from)?;
         // Before the switch, so that the next agent knows of the layer if this one dies.
         journal.keep(&machine.folder)
     }
@@ -368,21 +359,63 @@ fn write_machine(
     Ok(draft)
 }
 
-/// Lays the disk of a draft together and makes it last.
+/// Lays the disk of a draft together and makes it last. Of raw layers the highest is the disk.
 fn commit(
     mut draft: Draft,
     parent: Option<&Snapshot>,
-    layers: &[std::path::PathBuf],
+    layers: &[PathBuf],
+    format: LayerFormat,
     description: Description,
 ) -> Result<Snapshot, SnapshotError> {
-    for layer in parent.iter().flat_map(|parent| &parent.manifest().disk) {
-        draft.inherited_layer(layer);
-    }
+    let layers = match format {
+        LayerFormat::Qcow2 => {
+            for layer in parent.iter().flat_map(|parent| &parent.manifest().disk) {
+                draft.inherited_layer(layer);
+            }
+            layers
+        }
+        LayerFormat::Raw => &layers[layers.len().saturating_sub(1)..],
+    };
     for layer in layers {
-        // QEMU has no way to write to it any more since the switch.
-        draft.disk_layer(layer, "qcow2", Import::Link)?;
+        // The monitor has no way to write to it any more since the switch; nor shall its user.
+        let owned = std::os::unix::fs::chown(layer, Some(0), Some(0));
+        owned.map_err(|source| SnapshotError::Io {
+            doing: "take back",
+            path: layer.clone(),
+            source,
+        })?;
+        draft.disk_layer(layer, format.name(), Import::Link)?;
     }
     draft.commit(description)
+}
+
+/// Drops from the journal the layers above the one that the machine writes to: they were made
+/// for a switch that was not done.
+pub fn keep_written_layers(machine: &LiveMachine, journal: &mut Journal) {
+    let layers = journal.line.paths(&machine.folder);
+    let written = match machine.vm.written_layer(&layers) {
+        Ok(written) => written,
+        Err(error) => {
+            // A machine that has died is asked no more; what it left is looked at again.
+            tracing::warn!(error = %chain(&error), "which disk layer is written to is not known");
+            return;
+        }
+    };
+    if written + 1 == layers.len() {
+        return;
+    }
+    let before = journal.clone();
+    journal.line.layers.truncate(written + 1);
+    if let Err(error) = journal.keep(&machine.folder) {
+        tracing::warn!(error = %chain(&error), "unused disk layers stay in the journal");
+        *journal = before;
+        return;
+    }
+    for unused in &layers[written + 1..] {
+        if let Err(error) = std::fs::remove_file(unused) {
+            tracing::warn!(%error, path = %unused.display(), "an unused disk layer stays");
+        }
+    }
 }
 
 /// Lets a machine go on that was quieted or stopped. What fails is logged: a machine that

@@ -13,7 +13,9 @@ use wrenn_vmm::VmmError;
 use wrenn_wire::process::{ProcessConfig, StartRequest};
 
 use super::TemplateError;
-use super::store::{DISK, MANIFEST, MEMORY, Manifest, MemoryDigest, STATE, VERSION, file_digest};
+use super::store::{
+    MANIFEST, MEMORY, Manifest, MemoryDigest, STATE, VERSION, disk_name, file_digest,
+};
 use crate::activity::unix_ms;
 use crate::guest::{Guest, GuestError, Identity, as_user, chain};
 use crate::machine::{
@@ -102,9 +104,11 @@ pub async fn freeze(
     shape: Shape,
 ) -> Result<PathBuf, TemplateError> {
     let making = Making::new(dir)?;
+    let format = site.vmm.info().layers.name();
+    let disk = making.0.join(disk_name(format));
     let mut stalled_boots = 0;
     let (booted, cold_boot) = loop {
-        match boot(site, name, image, shape, &making.0.join(DISK)).await {
+        match boot(site, name, image, shape, &disk).await {
             Err(TemplateError::Machine { source, .. }) if stalled_boots < BOOT_RETRIES => {
                 stalled_boots += 1;
                 tracing::warn!(error = %chain(&*source), "the boot did not get ready; once more");
@@ -126,6 +130,7 @@ pub async fn freeze(
         image: image.digest().to_string(),
         shape,
         disk_bytes: disk_bytes(image),
+        disk_format: format.to_owned(),
         cmdline: kernel_command_line(site),
         fingerprint: site.vmm.info().fingerprint.clone(),
         envd_version: crate::guest::ENVD_VERSION.to_owned(),
@@ -133,7 +138,7 @@ pub async fn freeze(
         stalled_boots,
         memory: save_memory(memory, &folder, name).await?,
         state: digest_of(&state_path)?,
-        disk: digest_of(&folder.join(DISK))?,
+        disk: digest_of(&disk)?,
         created_unix_ms: unix_ms(SystemTime::now()),
     };
     making.commit(&manifest)
@@ -281,9 +286,12 @@ impl Making {
     fn commit(self, manifest: &Manifest) -> Result<PathBuf, TemplateError> {
         let commit = || -> io::Result<PathBuf> {
             write_json(&self.0, MANIFEST, manifest)?;
-            for file in [MANIFEST, MEMORY, STATE, DISK] {
+            let disk = disk_name(&manifest.disk_format);
+            for file in [MANIFEST, MEMORY, STATE, &disk] {
                 let path = self.0.join(file);
                 let file = File::open(&path)?;
+                // Firecracker's disk was its machine's user's.
+                std::os::unix::fs::fchown(&file, Some(0), Some(0))?;
                 let mut mode = file.metadata()?.permissions();
                 mode.set_readonly(true);
                 file.set_permissions(mode)?;

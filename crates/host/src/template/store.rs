@@ -4,7 +4,8 @@
 //! templates/sha256-…/manifest.json   what it is and what a restore depends on
 //!                    memory          sparse; loaded once into a sealed memory file
 //!                    state           devices, as QEMU saved them
-//!                    disk.qcow2      what the boot wrote over the image's root file system
+//!                    disk.qcow2      what the boot wrote over the image's root file system;
+//!                    disk.raw        with Firecracker the whole of it
 //! ```
 //!
 //! Immutable: made under another name and renamed at the end, never changed.
@@ -30,7 +31,16 @@ pub(super) const VERSION: u32 = 1;
 pub(super) const MANIFEST: &str = "manifest.json";
 pub(super) const MEMORY: &str = "memory";
 pub(super) const STATE: &str = "state";
-pub(super) const DISK: &str = "disk.qcow2";
+
+/// The disk's name, by its format.
+pub(super) fn disk_name(format: &str) -> String {
+    format!("disk.{format}")
+}
+
+/// The format of disks from before there was a choice.
+fn qcow2() -> String {
+    "qcow2".to_owned()
+}
 
 /// Other names of `minimal` that published clients use.
 const ALIASES: &[&str] = &["base", "minimal-ubuntu"];
@@ -48,6 +58,9 @@ pub struct Manifest {
     pub shape: Shape,
     /// Size of the guest's disk.
     pub disk_bytes: u64,
+    /// The format of its disk's layer: `qcow2` or `raw`.
+    #[serde(default = "qcow2")]
+    pub disk_format: String,
     /// The command line its kernel was booted with.
     pub cmdline: String,
     /// What a restore depends on.
@@ -101,7 +114,7 @@ impl LoadedTemplate {
 
     /// The disk layer over the image.
     pub fn disk(&self) -> PathBuf {
-        self.folder.join(DISK)
+        self.folder.join(disk_name(&self.manifest.disk_format))
     }
 }
 
@@ -276,7 +289,8 @@ impl TemplateStore {
             let manifest = read_manifest(&folder)?;
             let path = folder.join(MANIFEST);
             let digest = file_digest(&path).map_err(|e| damaged(&path, e.to_string()))?;
-            for (file, expected) in [(STATE, manifest.state), (DISK, manifest.disk)] {
+            let disk = disk_name(&manifest.disk_format);
+            for (file, expected) in [(STATE, manifest.state), (&disk, manifest.disk)] {
                 let path = folder.join(file);
                 let found = file_digest(&path).map_err(|e| damaged(&path, e.to_string()))?;
                 if found != expected {

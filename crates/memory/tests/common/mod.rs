@@ -32,7 +32,7 @@ pub fn run(tests: Vec<libtest_mimic::Trial>) -> ExitCode {
         Some("--guest") => guest::main(&arguments[2..]),
         Some("--server") => {
             let config = Config::read(std::io::stdin()).unwrap();
-            match wrenn_memory::serve(&config) {
+            match wrenn_memory::serve(&config, || {}) {
                 Ok(_) => ExitCode::SUCCESS,
                 Err(_) => ExitCode::FAILURE,
             }
@@ -291,7 +291,7 @@ impl Server {
         let named = std::thread::Builder::new().name("page-server".into());
         let thread = named
             .spawn(move || {
-                let result = wrenn_memory::serve(&given);
+                let result = wrenn_memory::serve(&given, || {});
                 let _ = tell.send(());
                 result
             })

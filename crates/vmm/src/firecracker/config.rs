@@ -48,6 +48,8 @@ pub struct FirecrackerConfig {
     pub cloning: Cloning,
     /// Devices beside disk, network card and entropy.
     pub devices: Devices,
+    /// Whether memory can be served page by page here, userfaultfd(2).
+    pub userfaultfd: bool,
 }
 
 impl FirecrackerConfig {
@@ -104,6 +106,7 @@ impl FirecrackerConfig {
             why,
             cloning: Cloning::probe(data_dir),
             devices: Devices::default(),
+            userfaultfd: report.has("userfaultfd"),
         })
     }
 }

@@ -145,6 +145,29 @@ pub(super) fn create_empty(path: &Path) -> Result<(), VmmError> {
         })
 }
 
+/// The disk that another has taken the place of, until it is known which of them is used.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Before {
+    name: PathBuf,
+    kept: PathBuf,
+}
+
+impl Before {
+    /// The other one is used, or this one again. Blocking.
+    pub(super) fn end(self, replaced: bool) -> Result<(), VmmError> {
+        match replaced {
+            true => std::fs::remove_file(&self.kept),
+            false => std::fs::rename(&self.kept, &self.name),
+        }
+        .map_err(|source| VmmError::File {
+            what: "cannot put in its place the disk",
+            path: self.name,
+            source,
+        })
+    }
+}
+
 /// A machine's disk in its jail: a second name of the layer that is on top.
 #[derive(Debug)]
 pub(super) struct DiskInJail {
@@ -163,6 +186,25 @@ impl DiskInJail {
     /// What it is called on the host.
     pub(super) fn path(&self) -> &Path {
         &self.name
+    }
+
+    /// As [`DiskInJail::set`], and keeps what was there. Blocking.
+    pub(super) fn replace(&self, top: &Path, uid: u32, gid: u32) -> Result<Before, VmmError> {
+        let kept = self.name.with_extension("before");
+        let keep = match std::fs::remove_file(&kept) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => std::fs::hard_link(&self.name, &kept),
+        };
+        keep.map_err(|source| VmmError::File {
+            what: "cannot keep the disk",
+            path: self.name.clone(),
+            source,
+        })?;
+        self.set(top, uid, gid)?;
+        Ok(Before {
+            name: self.name.clone(),
+            kept,
+        })
     }
 
     /// Makes `top` the disk, for this user alone. Blocking.

@@ -11,6 +11,9 @@ use crate::VmmError;
 use crate::machine::{BootFiles, DiskChain};
 use crate::memfd::copy_of;
 
+/// What a kernel is called among a monitor's descriptors.
+pub(super) const BOOT_NAME: &str = "wrenn-boot";
+
 /// Kernel and initial file system, in memory that nobody can change.
 pub(super) fn open_kernel(boot: &BootFiles) -> Result<(OwnedFd, OwnedFd), VmmError> {
     let open = |path: &Path| {
@@ -34,7 +37,7 @@ pub(super) fn open_kernel(boot: &BootFiles) -> Result<(OwnedFd, OwnedFd), VmmErr
         });
     }
     let copied = |path: &Path, file: &File| {
-        copy_of("wrenn-boot", file).map_err(|source| VmmError::File {
+        copy_of(BOOT_NAME, file).map_err(|source| VmmError::File {
             what: "cannot read",
             path: path.to_owned(),
             source,

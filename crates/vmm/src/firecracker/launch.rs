@@ -14,8 +14,8 @@ use super::drives::DiskInJail;
 use super::files::{blocking, fill_top, make_jail, open_kernel, own_file, path_of, unreadable};
 use super::machine::{FirecrackerMachine, Origin};
 use super::model::{
-    Action, Balloon, BootSource, Drive, Entropy, InstanceInfo, InstanceState, LoadSnapshot,
-    MachineConfig, MemoryBackend, MmdsConfig, NetworkInterface, NetworkOverride, Vsock,
+    Balloon, BootSource, Drive, Entropy, InstanceInfo, InstanceState, LoadSnapshot, MachineConfig,
+    MemoryBackend, MmdsConfig, NetworkInterface, NetworkOverride, Vsock,
 };
 use crate::delta_file::{DeltaFile, compose};
 use crate::keeper::{self, Bind, Console, FIRST_FD, Jail};
@@ -24,7 +24,7 @@ use crate::machine::{IDENTITY_BYTES, MachineSpec};
 use crate::memfd::{copy_of, new_memfd};
 use crate::record::Monitor;
 use crate::supervised::{DEATH_PATIENCE, Supervised};
-use crate::{BootSpec, Delta, RestoreSpec, ServedSpec, VmmError};
+use crate::{BootSpec, Delta, Machine, RestoreSpec, ServedSpec, VmmError};
 
 /// The folder that becomes the jail's root, in the machine's folder.
 pub(super) const JAIL: &str = "jail";
@@ -64,6 +64,19 @@ pub(super) fn in_jail(fd: i32) -> String {
     format!("/fd/{fd}")
 }
 
+/// Who serves a machine's memory.
+struct Pages {
+    socket: PathBuf,
+    server: OwnedFd,
+}
+
+fn new_delta(memory_bytes: u64) -> Result<DeltaFile, VmmError> {
+    DeltaFile::create(memory_bytes).map_err(|source| VmmError::Delta {
+        doing: "brought in",
+        source,
+    })
+}
+
 /// What is the same for all ways to start.
 struct Ground {
     spec: MachineSpec,
@@ -73,20 +86,47 @@ struct Ground {
 }
 
 impl FirecrackerVmm {
-    /// Boots a machine.
+    /// Boots a machine that can become a template.
     pub(super) async fn start_cold(&self, spec: BootSpec) -> Result<FirecrackerMachine, VmmError> {
         let BootSpec { machine, memory } = spec;
         machine.check_memory(memory.bytes())?;
+        let shared = memory.as_fd().try_clone_to_owned();
+        let shared = shared
+            .map_err(|source| own_file("cannot share the memory of", &machine.dir, source))?;
+        let machine = self.set_up(machine, Origin::Booted(memory), shared).await?;
+        let started = machine.resume().await;
+        machine.or_end(started).await
+    }
+
+    /// Sets up a machine that boots, whose changes of a memory can be saved.
+    pub(super) async fn start_private(
+        &self,
+        machine: MachineSpec,
+        memory_bytes: u64,
+    ) -> Result<FirecrackerMachine, VmmError> {
+        machine.check_memory(memory_bytes)?;
+        let all = new_delta(memory_bytes)?;
+        let shared = all.share();
+        let shared = shared
+            .map_err(|source| own_file("cannot share the memory of", &machine.dir, source))?;
+        self.set_up(machine, Origin::BootedPrivate(all), shared)
+            .await
+    }
+
+    /// Sets up a machine to boot; `saved` is where it writes memory that is saved. The guest is
+    /// started by the first [`Machine::resume`].
+    async fn set_up(
+        &self,
+        machine: MachineSpec,
+        origin: Origin,
+        saved: OwnedFd,
+    ) -> Result<FirecrackerMachine, VmmError> {
         let boot = machine.boot.clone();
         let (kernel, initramfs) = blocking(move || open_kernel(&boot)).await?;
         let ground = self.prepare(machine).await?;
-        let dir = ground.spec.dir.clone();
-        let shared = memory.as_fd().try_clone_to_owned();
-        let shared =
-            shared.map_err(|source| own_file("cannot share the memory of", &dir, source))?;
-        let fds = vec![shared, kernel, initramfs];
-        let origin = Origin::Booted(memory);
+        let fds = vec![saved, kernel, initramfs];
         let (ground, machine) = self.start(ground, origin, None, fds).await?;
+        machine.set_unstarted();
         let configured = self.configure(&ground, &machine).await;
         machine.or_end(configured).await
     }
@@ -154,13 +194,6 @@ impl FirecrackerVmm {
             };
             machine.put(doing, "/vsock", &vsock).await?;
         }
-        let action = Action {
-            action_type: "InstanceStart",
-        };
-        machine
-            .put("starting the guest", "/actions", &action)
-            .await?;
-        machine.set_running(true);
         Ok(())
     }
 
@@ -223,13 +256,10 @@ impl FirecrackerVmm {
         let ServedSpec {
             machine,
             socket,
+            server,
             state,
         } = spec;
-        let delta = DeltaFile::create(machine.shape.memory.bytes());
-        let delta = delta.map_err(|source| VmmError::Delta {
-            doing: "brought in",
-            source,
-        })?;
+        let delta = new_delta(machine.shape.memory.bytes())?;
         let ground = self.prepare(machine).await?;
         let shared = delta.share();
         let fds = vec![
@@ -249,7 +279,7 @@ impl FirecrackerVmm {
         self.load(
             ground,
             origin,
-            Some(socket),
+            Some(Pages { socket, server }),
             fds,
             backend,
             MEMORY_FD,
@@ -263,7 +293,7 @@ impl FirecrackerVmm {
         &self,
         ground: Ground,
         origin: Origin,
-        pages: Option<PathBuf>,
+        pages: Option<Pages>,
         fds: Vec<OwnedFd>,
         mem_backend: MemoryBackend,
         state_fd: i32,
@@ -365,7 +395,7 @@ impl FirecrackerVmm {
         &self,
         mut ground: Ground,
         origin: Origin,
-        pages: Option<PathBuf>,
+        pages: Option<Pages>,
         mut fds: Vec<OwnedFd>,
     ) -> Result<(Ground, FirecrackerMachine), VmmError> {
         let began = Instant::now();
@@ -376,6 +406,7 @@ impl FirecrackerVmm {
             Some(tap) => Some(tap.namespace.try_clone().map_err(shared)?),
             None => None,
         };
+        let (socket, server) = pages.map(|pages| (pages.socket, pages.server)).unzip();
         let start = keeper::Start {
             monitor: Monitor::Firecracker,
             program: format!("/{PROGRAM}").into(),
@@ -391,8 +422,9 @@ impl FirecrackerVmm {
             uid: ground.spec.uid,
             gid: ground.spec.gid,
             console: Console::Stdout,
-            jail: self.jail(&dir, pages, network.is_some()),
+            jail: self.jail(&dir, socket, network.is_some()),
             network,
+            guard: server,
             fds,
             companions: std::mem::take(&mut ground.spec.companions),
         };

@@ -1,10 +1,12 @@
 //! One Firecracker that runs: a client of it, and a watch on its end.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -15,13 +17,13 @@ use tokio::sync::watch;
 use super::Cloning;
 use super::api::{Api, ApiError};
 use super::drives::DiskInJail;
-use super::files::blocking;
+use super::files::{BOOT_NAME, blocking};
 use super::launch::{
     API_SOCKET, DISK, DRIVE_ID, JAIL, MEMORY_FD, RUN, SAVED_FD, SNAPSHOT_PATIENCE, STATE_FD, VSOCK,
     in_jail,
 };
 use super::model::{
-    BalloonPatch, CreateSnapshot, DrivePatch, InstanceInfo, InstanceState, VmState,
+    Action, BalloonPatch, CreateSnapshot, DrivePatch, InstanceInfo, InstanceState, VmState,
 };
 use crate::delta::{ChangedPages, DeltaError, FIRMWARE_BYTES, SaveTimes, SavedDelta, Source};
 use crate::delta_file::{DELTA_NAME, DeltaFile, SavedPages};
@@ -44,6 +46,8 @@ pub struct FirecrackerMachine {
     disk: DiskInJail,
     cloning: Cloning,
     run_state: watch::Sender<RunState>,
+    /// It is set up, and its guest was never started.
+    unstarted: AtomicBool,
     patience: Duration,
 }
 
@@ -58,6 +62,9 @@ pub(super) enum Origin {
         /// The memory it was restored from; `None` where a page server has it.
         memory: Option<Arc<SealedMemory>>,
     },
+    /// From a kernel, and not to become a template: each save writes all memory into this
+    /// file, whose holes are zeros.
+    BootedPrivate(DeltaFile),
 }
 
 impl FirecrackerMachine {
@@ -79,8 +86,14 @@ impl FirecrackerMachine {
             disk,
             cloning,
             run_state: watch::Sender::new(RunState::Stopped),
+            unstarted: AtomicBool::new(false),
             patience,
         }
+    }
+
+    /// Its guest is yet to be started, by the first [`Machine::resume`].
+    pub(super) fn set_unstarted(&self) {
+        self.unstarted.store(true, Ordering::Release);
     }
 
     /// Takes over the machine of an earlier agent; `None` when there is none or it is dead.
@@ -114,12 +127,7 @@ impl FirecrackerMachine {
         match info.state {
             InstanceState::Running => machine.set_running(true),
             InstanceState::Paused => {}
-            InstanceState::NotStarted => {
-                return Err(VmmError::State {
-                    doing: "adopted",
-                    why: "the earlier agent ended before it had started the guest: kill it".into(),
-                });
-            }
+            InstanceState::NotStarted => machine.set_unstarted(),
         }
         Ok(Some(machine))
     }
@@ -263,6 +271,15 @@ impl FirecrackerMachine {
 #[async_trait]
 impl Machine for FirecrackerMachine {
     async fn resume(&self) -> Result<(), VmmError> {
+        if self.unstarted.load(Ordering::Acquire) {
+            let action = Action {
+                action_type: "InstanceStart",
+            };
+            self.put("starting the guest", "/actions", &action).await?;
+            self.unstarted.store(false, Ordering::Release);
+            self.set_running(true);
+            return Ok(());
+        }
         let resumed = VmState { state: "Resumed" };
         self.patch("starting its processors", "/vm", &resumed)
             .await?;
@@ -271,6 +288,9 @@ impl Machine for FirecrackerMachine {
     }
 
     async fn stop(&self) -> Result<(), VmmError> {
+        if self.unstarted.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let paused = VmState { state: "Paused" };
         self.patch("halting its processors", "/vm", &paused).await?;
         self.set_running(false);
@@ -313,14 +333,17 @@ impl Machine for FirecrackerMachine {
             doing: "read",
             source,
         };
-        let Origin::Restored { delta, memory } = &self.origin else {
-            return Err(failed(DeltaError::NoTemplate { pid }));
+        let (delta, memory, whole) = match &self.origin {
+            Origin::Booted(_) => return Err(failed(DeltaError::NoTemplate { pid })),
+            Origin::Restored { delta, memory } => (delta, memory, false),
+            Origin::BootedPrivate(all) => (all, &None, true),
         };
         let began = Instant::now();
         self.stop().await?;
         let stop = began.elapsed();
-        // Merged by Firecracker into what earlier saves left there.
-        self.create_snapshot("Diff").await?;
+        // A diff is merged by Firecracker into what earlier saves left there.
+        self.create_snapshot(if whole { "Full" } else { "Diff" })
+            .await?;
         let state = self.written_state()?;
         let saved = began.elapsed();
         let delta = delta
@@ -335,7 +358,10 @@ impl Machine for FirecrackerMachine {
             Some(memory) => Some(memory.another().map_err(|error| failed(error.into()))?),
             None => None,
         };
-        let ranges = delta.ranges().map_err(failed)?;
+        let ranges = match whole {
+            true => delta.all(),
+            false => delta.ranges().map_err(failed)?,
+        };
         let pages = SavedPages::new(delta, memory, ranges.clone());
         Ok(SavedDelta {
             state,
@@ -359,6 +385,16 @@ impl Machine for FirecrackerMachine {
             self.resume().await?;
         }
         switched
+    }
+
+    fn written_layer(&self, layers: &[PathBuf]) -> Result<usize, VmmError> {
+        let vmm = self.process.pids().vmm;
+        let open = open_files(vmm).map_err(|source| VmmError::Process {
+            what: "the open files",
+            pid: vmm.pid,
+            source,
+        })?;
+        find_layer(layers, |identity| open.contains(&identity))
     }
 
     fn run_state(&self) -> watch::Receiver<RunState> {
@@ -413,20 +449,72 @@ impl FirecrackerMachine {
         filled.await?;
         let owner = std::fs::metadata(self.disk.path())
             .map_err(|error| failed(format!("the disk is not there: {error}")))?;
-        self.disk.set(top, owner.uid(), owner.gid())?;
+        let before = self.disk.replace(top, owner.uid(), owner.gid())?;
+        let opened = self.open_disk().await;
+        // One that is not opened is not written to: the old one is found by its name again.
+        before.end(opened.is_ok())?;
+        opened.map_err(|error| match error {
+            VmmError::Api { source, .. } => failed(format!("{source}; the disk is as it was")),
+            other => other,
+        })
+    }
+
+    /// Has Firecracker open the disk that is in its jail now.
+    async fn open_disk(&self) -> Result<(), VmmError> {
         let drive = DrivePatch {
             drive_id: DRIVE_ID,
             path_on_host: &format!("/{DISK}"),
         };
         let path = format!("/drives/{DRIVE_ID}");
-        self.patch("opening its new disk", &path, &drive)
-            .await
-            .map_err(|error| match error {
-                VmmError::Api { source, .. } => {
-                    failed(format!("{source}; the old layer may still be written to"))
-                }
-                other => other,
-            })
+        self.patch("opening its new disk", &path, &drive).await
+    }
+}
+
+/// Device and number of the files that a process has open.
+fn open_files(process: ProcessId) -> io::Result<HashSet<(u64, u64)>> {
+    let mut open = HashSet::new();
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", process.pid))? {
+        // One that was closed meanwhile is not open.
+        if let Ok(file) = std::fs::metadata(entry?.path()) {
+            open.insert((file.dev(), file.ino()));
+        }
+    }
+    Ok(open)
+}
+
+/// The highest of these layers of which `written` holds, given device and number of its file.
+fn find_layer(layers: &[PathBuf], written: impl Fn((u64, u64)) -> bool) -> Result<usize, VmmError> {
+    for (index, layer) in layers.iter().enumerate().rev() {
+        let file = std::fs::metadata(layer).map_err(|source| VmmError::File {
+            what: "cannot look at the disk",
+            path: layer.clone(),
+            source,
+        })?;
+        if written((file.dev(), file.ino())) {
+            return Ok(index);
+        }
+    }
+    Err(VmmError::Spec(format!(
+        "none of {} layers is its disk",
+        layers.len()
+    )))
+}
+
+/// What [`Machine::written_layer`] would tell of a machine in folder `dir` that has ended,
+/// whatever monitor ran it.
+pub fn left_layer(dir: &Path, layers: &[PathBuf]) -> Result<usize, VmmError> {
+    let disk = dir.join(JAIL).join(DISK);
+    match std::fs::metadata(&disk) {
+        Ok(disk) => find_layer(layers, |identity| identity == (disk.dev(), disk.ino())),
+        // QEMU's, where a layer that was not switched to holds nothing.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !layers.is_empty() => {
+            Ok(layers.len() - 1)
+        }
+        Err(source) => Err(VmmError::File {
+            what: "cannot look at the disk",
+            path: disk,
+            source,
+        }),
     }
 }
 
@@ -460,7 +548,11 @@ fn find_origin(vmm: ProcessId) -> io::Result<Origin> {
         )));
     }
     let delta = DeltaFile::from_file(inherited(vmm, SAVED_FD)?)?;
-    let memory = match is(&name(MEMORY_FD)?, MEMORY_NAME) {
+    let loaded = name(MEMORY_FD)?;
+    if is(&loaded, BOOT_NAME) {
+        return Ok(Origin::BootedPrivate(delta));
+    }
+    let memory = match is(&loaded, MEMORY_NAME) {
         true => Some(Arc::new(SealedMemory::from_file(inherited(
             vmm, MEMORY_FD,
         )?)?)),

@@ -39,10 +39,10 @@ use async_trait::async_trait;
 pub use self::api::ApiError;
 pub use self::config::{Devices, FirecrackerConfig};
 pub use self::drives::{CloneWay, Cloning};
-pub use self::machine::FirecrackerMachine;
+pub use self::machine::{FirecrackerMachine, left_layer};
 use crate::{
-    Accelerator, BootSpec, Delta, Fingerprint, Machine, MachineSpec, RestoreSpec, SealedMemory,
-    ServedSpec, Vmm, VmmError, VmmInfo,
+    Accelerator, BootSpec, Delta, Fingerprint, KernelFormat, LayerFormat, Machine, MachineSpec,
+    RestoreSpec, SealedMemory, ServedSpec, Vmm, VmmError, VmmInfo,
 };
 
 /// Version of the driver's device layout; see [`Fingerprint::layout`].
@@ -74,6 +74,9 @@ impl FirecrackerVmm {
                 layout: LAYOUT,
             },
             slowness: config.slowness,
+            layers: LayerFormat::Raw,
+            kernel: KernelFormat::Elf,
+            page_server: config.userfaultfd,
         };
         FirecrackerVmm { config, info }
     }
@@ -106,14 +109,12 @@ impl Vmm for FirecrackerVmm {
 
     async fn boot_private(
         &self,
-        _machine: MachineSpec,
-        _memory: Arc<SealedMemory>,
+        machine: MachineSpec,
+        memory: Arc<SealedMemory>,
     ) -> Result<Arc<dyn Machine>, VmmError> {
-        Err(VmmError::Unsupported {
-            monitor: "Firecracker",
-            what: "boot over memory that is there",
-            why: "it makes the memory of a boot itself; use `boot`".into(),
-        })
+        // It makes the memory of a boot itself, so of the template's only the size counts.
+        let machine = self.start_private(machine, memory.bytes()).await?;
+        Ok(Arc::new(machine.claim()))
     }
 
     async fn restore(&self, spec: RestoreSpec) -> Result<Arc<dyn Machine>, VmmError> {

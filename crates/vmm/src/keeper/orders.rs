@@ -29,7 +29,7 @@ const MAX_PACKET: usize = 64 << 10;
 const MAX_FDS: usize = 253;
 
 /// What the keeper shall do. With it come the descriptors, in this order: console log, exit
-/// file, the jail's network namespace, the monitor's, the companions'.
+/// file, the jail's network namespace, the guard, the monitor's, the companions'.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Orders {
@@ -44,6 +44,8 @@ pub(crate) struct Orders {
     pub(crate) monitor_fds: usize,
     /// How many the companions get.
     pub(crate) companion_fds: usize,
+    /// Whether the monitor is ended when another process, which comes as a descriptor, does.
+    pub(crate) guarded: bool,
     /// Where the monitor writes what the guest prints.
     pub(crate) console: Console,
     /// Where the monitor is locked in.
@@ -203,6 +205,7 @@ mod tests {
             gid: 2,
             monitor_fds: 1,
             companion_fds: 0,
+            guarded: false,
             console: Console::Stdout,
             jail: Jail {
                 root: "/m".into(),

@@ -77,7 +77,7 @@ pub fn main(companions: impl FnOnce(Vec<OwnedFd>) + Send + 'static) -> ExitCode 
     if reported.is_err() {
         return ExitCode::FAILURE;
     }
-    match monitor.watch(channel, BoundedLog::new(fds.console), &fds.exit) {
+    match monitor.watch(channel, BoundedLog::new(fds.console), &fds.exit, fds.guard) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
@@ -96,6 +96,7 @@ fn take_channel() -> io::Result<Channel> {
 struct Fds {
     console: File,
     exit: File,
+    guard: Option<OwnedFd>,
     companions: Vec<OwnedFd>,
 }
 
@@ -118,9 +119,11 @@ fn start(channel: &Channel) -> io::Result<Option<(Monitor, Fds)>> {
     };
     let networked = orders.jail.network;
     let network = if networked { fds.next() } else { None };
+    let guard = if orders.guarded { fds.next() } else { None };
     let monitor_fds: Vec<OwnedFd> = fds.by_ref().take(orders.monitor_fds).collect();
     let companions: Vec<OwnedFd> = fds.collect();
     if networked != network.is_some()
+        || orders.guarded != guard.is_some()
         || monitor_fds.len() != orders.monitor_fds
         || companions.len() != orders.companion_fds
     {
@@ -137,6 +140,7 @@ fn start(channel: &Channel) -> io::Result<Option<(Monitor, Fds)>> {
         Fds {
             console: File::from(console),
             exit: File::from(exit),
+            guard,
             companions,
         },
     )))
@@ -282,16 +286,23 @@ fn lock_in(command: &mut Command, network: Option<OwnedFd>, orders: &Orders) {
 
 impl Monitor {
     /// Serves the monitor until it ends, then writes down how.
-    fn watch(&mut self, channel: Channel, mut log: BoundedLog, exit: &File) -> io::Result<()> {
+    fn watch(
+        &mut self,
+        channel: Channel,
+        mut log: BoundedLog,
+        exit: &File,
+        mut guard: Option<OwnedFd>,
+    ) -> io::Result<()> {
         let mut channel = Some(channel);
         let (mut serial_open, mut stderr_open) = (true, true);
         let mut buffer = [0; 8192];
         loop {
-            let [ended, serial, stderr, agent] = wait([
+            let [ended, serial, stderr, agent, unguarded] = wait([
                 Some(self.pidfd.as_fd()),
                 serial_open.then(|| self.serial.as_fd()),
                 stderr_open.then(|| self.stderr.as_fd()),
                 channel.as_ref().map(Channel::as_fd),
+                guard.as_ref().map(AsFd::as_fd),
             ])?;
             if serial {
                 // A full disk must not end the machine: what cannot be kept is lost.
@@ -306,6 +317,12 @@ impl Monitor {
                 // What it wrote before its end has been read: nothing more was ready.
                 let status = self.child.wait()?;
                 return self.record(status, exit);
+            }
+            if unguarded && !ended {
+                guard = None;
+                self.tail
+                    .push(b"wrenn: the process that serves its memory has ended\n");
+                self.child.kill()?;
             }
             if agent && let Some(open) = channel.take() {
                 match open.receive::<Commit>() {

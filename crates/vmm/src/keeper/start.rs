@@ -30,6 +30,8 @@ pub(crate) struct Start {
     pub(crate) jail: Jail,
     /// The jail's network namespace, if it has one.
     pub(crate) network: Option<OwnedFd>,
+    /// A process, see pidfd_open(2), without which the monitor must not go on.
+    pub(crate) guard: Option<OwnedFd>,
     /// The monitor's descriptors, from [`super::FIRST_FD`] on.
     pub(crate) fds: Vec<OwnedFd>,
     /// The companions' descriptors.
@@ -53,6 +55,7 @@ impl Start {
             gid: self.gid,
             monitor_fds: self.fds.len(),
             companion_fds: self.companions.len(),
+            guarded: self.guard.is_some(),
             console: self.console,
             jail: self.jail,
         };
@@ -61,6 +64,7 @@ impl Start {
             OwnedFd::from(new_file(dir, EXIT)?),
         ];
         passed.extend(self.network);
+        passed.extend(self.guard);
         passed.extend(self.fds);
         passed.extend(self.companions);
         let channel = spawn_keeper(launcher, &orders, passed)?;

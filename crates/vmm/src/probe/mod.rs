@@ -47,6 +47,14 @@ pub struct HostReport {
     pub limits: Limits,
 }
 
+impl HostReport {
+    /// Whether something works here that was tried, by its name among the features.
+    pub fn has(&self, feature: &str) -> bool {
+        let mut found = self.features.iter().filter(|it| it.name == feature);
+        found.any(|it| it.available == Measured::Yes)
+    }
+}
+
 /// Examines this host, which takes about 100 ms. `data_dir` is where sandboxes will live;
 /// without it, reflinks are not tried. Blocking.
 pub fn host(data_dir: Option<&Path>) -> Result<HostReport, VmmError> {

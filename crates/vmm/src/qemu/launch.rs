@@ -128,6 +128,7 @@ impl QemuVmm {
             console: Console::Descriptor,
             jail,
             network: None,
+            guard: None,
             fds: fds.into_fds(),
             companions,
         };

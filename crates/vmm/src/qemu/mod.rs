@@ -23,8 +23,8 @@ pub use self::save::state_file;
 use crate::keeper::Launcher;
 use crate::probe::{Choice, HostReport, QEMU_MINIMUM};
 use crate::{
-    BootSpec, Delta, Fingerprint, Machine, MachineSpec, RestoreSpec, SealedMemory, ServedSpec, Vmm,
-    VmmError, VmmInfo, create_overlay,
+    BootSpec, Delta, Fingerprint, KernelFormat, LayerFormat, Machine, MachineSpec, RestoreSpec,
+    SealedMemory, ServedSpec, Vmm, VmmError, VmmInfo, create_overlay,
 };
 
 /// What the driver needs to know.
@@ -108,6 +108,9 @@ impl QemuVmm {
                     layout: args::LAYOUT,
                 },
                 slowness: config.slowness,
+                layers: LayerFormat::Qcow2,
+                kernel: KernelFormat::BzImage,
+                page_server: false,
             },
             launcher: config.launcher,
         }

@@ -1,6 +1,7 @@
 //! What is saved is what was there, and comes back elsewhere: memory, state, disk.
 
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -250,6 +251,7 @@ async fn g12_g20_a_page_server_supplies_the_memory() {
     let spec = ServedSpec {
         machine: spec.machine,
         socket,
+        server: own_process(),
         state: spec.state,
     };
     let machine = bed.vmm.restore_served(spec).await.unwrap();
@@ -300,6 +302,68 @@ async fn g12_g20_a_page_server_supplies_the_memory() {
     machine.kill().await.unwrap();
 }
 
+/// The process whose thread serves the pages.
+fn own_process() -> OwnedFd {
+    let pid = rustix::process::getpid();
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap()
+}
+
+#[tokio::test]
+async fn g21_a_machine_ends_with_the_process_that_serves_its_memory() {
+    let Some(bed) = Bed::new() else { return };
+    let template = bed.template("template", 10_243, 70).await;
+    let spec = template.clone_spec(&bed, "served", 10_244);
+    let socket = bed.path().join("pages.sock");
+    let _server = PageServer::start(&socket, template.memory.clone());
+    let mut process = std::process::Command::new("sleep")
+        .arg("600")
+        .spawn()
+        .unwrap();
+    let pid = rustix::process::Pid::from_child(&process);
+    let flags = rustix::process::PidfdFlags::empty();
+    let spec = ServedSpec {
+        machine: spec.machine,
+        socket,
+        server: rustix::process::pidfd_open(pid, flags).unwrap(),
+        state: spec.state,
+    };
+    let machine = bed.vmm.restore_served(spec).await.unwrap();
+    machine.resume().await.unwrap();
+    rounds_of(&machine, template.round + 3).await;
+    process.kill().unwrap();
+    let mut exited = machine.exited();
+    let ended = exited.wait_for(Option::is_some);
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(10), ended);
+    let reason = ended.await.unwrap().unwrap().clone().unwrap().to_string();
+    assert!(reason.contains("serves its memory has ended"), "{reason}");
+    process.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_machine_that_booted_is_saved_as_a_change_of_the_template() {
+    let Some(bed) = Bed::new() else { return };
+    let template = bed.template("template", 10_247, 20).await;
+    let spec = bed.spec(&bed.folder("cold"), 10_248);
+    let booted = bed.vmm.boot_private(spec, template.memory.clone());
+    let machine = booted.await.unwrap();
+    assert_eq!(*machine.run_state().borrow(), RunState::Stopped);
+    machine.resume().await.unwrap();
+    rounds_of(&machine, 30).await;
+    for _ in 0..2 {
+        let saved = Saved::of(&machine).await;
+        machine.resume().await.unwrap();
+        rounds_of(&machine, saved.round + 3).await;
+    }
+    let saved = Saved::of(&machine).await;
+    machine.kill().await.unwrap();
+    let fork = saved.restore(&bed, &template, "fork", 10_249).await;
+    let fork = fork.unwrap();
+    assert_same(&saved.frozen, &View::of(fork.pids()));
+    fork.resume().await.unwrap();
+    rounds_of(&fork, saved.round + 5).await;
+    fork.kill().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_missing_page_server_is_told() {
     let Some(bed) = Bed::new() else { return };
@@ -309,6 +373,7 @@ async fn a_missing_page_server_is_told() {
         ServedSpec {
             machine: spec.machine,
             socket,
+            server: own_process(),
             state: spec.state,
         }
     };

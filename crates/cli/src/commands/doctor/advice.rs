@@ -23,9 +23,12 @@ pub(super) struct MissingPackage {
     pub(super) to_run: bool,
 }
 
+/// The package with QEMU, which another monitor makes needless.
+pub(super) const QEMU_PACKAGE: &str = "qemu-system-x86";
+
 /// A program, its package, and whether sandboxes cannot run without it.
 const PROGRAMS: [(&str, &str, bool); 4] = [
-    ("qemu-system-x86_64", "qemu-system-x86", true),
+    ("qemu-system-x86_64", QEMU_PACKAGE, true),
     ("nft", "nftables", true),
     ("mmdebstrap", "mmdebstrap", false),
     ("mke2fs", "e2fsprogs", false),

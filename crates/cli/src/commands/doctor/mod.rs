@@ -80,7 +80,10 @@ fn examine(context: &Context) -> Result<Diagnosis, Failure> {
         .settings
         .up(&super::up::Args::default(), &crate::environment)?;
     let choice = choose(&report, up.host.vmm, up.host.accelerator);
-    let missing = advice::missing_packages();
+    let mut missing = advice::missing_packages();
+    if choice.as_ref().is_ok_and(|choice| choice.vmm != "qemu") {
+        missing.retain(|package| package.name != advice::QEMU_PACKAGE);
+    }
     let advice = advice::advise(&report, &missing, choice.is_ok());
     let capacity = Capacity::of(&report.limits, existing.as_deref());
     Ok(Diagnosis {
@@ -107,10 +110,24 @@ fn choose(
     vmm: VmmChoice,
     accelerator: AcceleratorChoice,
 ) -> Result<Choice, String> {
-    if vmm == VmmChoice::Firecracker {
-        return Err(
-            "Firecracker was asked for, and this version of Wrenn only drives QEMU".to_owned(),
-        );
+    let driver = probe::choose_driver(report, vmm.driver()).map_err(|error| error.to_string())?;
+    if let Some(lacking) = report.features.iter().find(|feature| lacks(feature)) {
+        return Err(format!(
+            "this host has no {}: {}",
+            lacking.name, lacking.detail
+        ));
+    }
+    if driver.driver == probe::Driver::Firecracker {
+        let version = report
+            .firecracker
+            .as_ref()
+            .and_then(|it| it.version.clone());
+        return Ok(Choice {
+            vmm: "firecracker",
+            version: version.unwrap_or_default(),
+            accelerator: wrenn_vmm::Accelerator::Kvm.to_string(),
+            why: driver.why,
+        });
     }
     let Some(qemu) = &report.qemu else {
         return Err("QEMU is not installed".to_owned());
@@ -129,12 +146,6 @@ fn choose(
         AcceleratorChoice::Tcg => Some(wrenn_vmm::Accelerator::Tcg),
     };
     let choice = probe::choose(report, asked).map_err(|error| error.to_string())?;
-    if let Some(lacking) = report.features.iter().find(|feature| lacks(feature)) {
-        return Err(format!(
-            "this host has no {}: {}",
-            lacking.name, lacking.detail
-        ));
-    }
     Ok(Choice {
         vmm: "qemu",
         version: qemu.version.clone().unwrap_or_default(),

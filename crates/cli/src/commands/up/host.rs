@@ -18,7 +18,7 @@ use super::remote::RemoteHost;
 use crate::commands::image;
 use crate::error::Failure;
 use crate::output::{Printer, with_spinner};
-use crate::settings::{AcceleratorChoice, HostSettings, Settings, UpSettings, VmmChoice};
+use crate::settings::{AcceleratorChoice, HostSettings, Settings, UpSettings};
 
 /// The image that is built where there is none, and that sandboxes start from.
 pub(crate) const DEFAULT_IMAGE: &str = "minimal";
@@ -126,13 +126,6 @@ pub(crate) async fn start_agent(
     settings: &Settings,
     printer: &Printer,
 ) -> Result<HostAgent, Failure> {
-    if host.vmm == VmmChoice::Firecracker {
-        return Err(
-            Failure::message("Firecracker is not supported by this version of wrenn")
-                .code("unsupported")
-                .hint("leave --vmm out: QEMU runs sandboxes on any Linux machine"),
-        );
-    }
     image::ensure(DEFAULT_IMAGE, settings, printer).await?;
     let config = host_config(host, &settings.data_dir)?;
     HostAgent::start(config)
@@ -164,11 +157,8 @@ fn host_config(host: &HostSettings, data_dir: &Path) -> Result<HostConfig, Failu
         wrenn_host::crash_by(file.into());
     }
     let exe = std::env::current_exe().map_err(|e| Failure::from_error(&e))?;
-    let mut config = HostConfig::new(
-        data_dir.to_owned(),
-        host_id(data_dir)?,
-        (exe, vec!["keeper".to_owned()]),
-    );
+    let mut config = HostConfig::new(data_dir.to_owned(), host_id(data_dir)?, exe);
+    config.driver = host.vmm.driver();
     config.accelerator = match host.accelerator {
         AcceleratorChoice::Auto => None,
         AcceleratorChoice::Kvm => Some(Accelerator::Kvm),
