@@ -168,3 +168,20 @@ pub(crate) fn timespec(duration: Duration) -> Timespec {
         tv_nsec: i64::from(duration.subsec_nanos()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_whole_with_its_last_bracket_wherever_it_is_cut() {
+        let message = br#" [{"note":"]\"}","numbers":[-1,2.5,3e4]},true]"#;
+        for length in 0..message.len() {
+            assert_eq!(message_is_whole(&message[..length]), Ok(false), "{length}");
+        }
+        assert_eq!(message_is_whole(message), Ok(true));
+        for other in [&b"{}"[..], b"-", b"]", b"\0["] {
+            assert!(message_is_whole(other).is_err());
+        }
+    }
+}
