@@ -64,13 +64,8 @@ pub(crate) fn receive(
 ) -> Result<Regions, HandshakeError> {
     let began = Instant::now();
     let mut bytes = Vec::new();
-    loop {
-        // A stream has no borders: the message is whole when its JSON is.
-        match serde_json::from_slice::<serde::de::IgnoredAny>(&bytes) {
-            Ok(_) => break,
-            Err(error) if error.is_eof() => {}
-            Err(error) => return Err(RegionError::Json(error.to_string()).into()),
-        }
+    // A stream has no borders: the message is whole when its JSON is.
+    while !message_is_whole(&bytes)? {
         if bytes.len() >= MAX_BYTES {
             return Err(HandshakeError::Long);
         }
@@ -89,6 +84,34 @@ pub(crate) fn receive(
         return Err(HandshakeError::Descriptors(fds.len()));
     }
     Ok(Regions::parse(&bytes, pages)?)
+}
+
+/// Whether a list in JSON is there up to its last bracket. What is in it is not looked at: a
+/// parser takes numbers for wrong that are only cut.
+///
+/// # Errors
+/// [`RegionError::Json`] where it does not begin as a list.
+pub fn message_is_whole(bytes: &[u8]) -> Result<bool, RegionError> {
+    let text = bytes.trim_ascii_start();
+    if text.first().is_some_and(|first| *first != b'[') {
+        return Err(RegionError::Json("it does not begin with a bracket".into()));
+    }
+    let mut depth = 0_usize;
+    let (mut quoted, mut escaped) = (false, false);
+    for byte in text {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            _ if quoted => {}
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' if depth == 1 => return Ok(true),
+            // Begins with a bracket, and ends with its last: never below 1.
+            b']' | b'}' => depth -= 1,
+            _ => {}
+        }
+    }
+    Ok(false)
 }
 
 /// Appends what has come; gives how many bytes.
@@ -143,5 +166,22 @@ pub(crate) fn timespec(duration: Duration) -> Timespec {
         // Longer than any machine stands.
         tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(duration.subsec_nanos()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_whole_with_its_last_bracket_wherever_it_is_cut() {
+        let message = br#" [{"note":"]\"}","numbers":[-1,2.5,3e4]},true]"#;
+        for length in 0..message.len() {
+            assert_eq!(message_is_whole(&message[..length]), Ok(false), "{length}");
+        }
+        assert_eq!(message_is_whole(message), Ok(true));
+        for other in [&b"{}"[..], b"-", b"]", b"\0["] {
+            assert!(message_is_whole(other).is_err());
+        }
     }
 }

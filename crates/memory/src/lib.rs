@@ -42,7 +42,7 @@ mod working_set;
 pub use base::SealedBase;
 pub use config::{BaseConfig, Config, Policy, Record};
 pub use error::ServeError;
-pub use handshake::HandshakeError;
+pub use handshake::{HandshakeError, message_is_whole};
 pub use house::{Request, ask};
 pub use regions::{RegionError, Regions};
 pub use serve::serve;

@@ -37,7 +37,7 @@ mod writer;
 
 pub use digest::{BaseId, Digest, DigestError, ObjectId, SnapshotId};
 pub use error::{Fault, Need, Result, SnapshotError};
-pub use generation::Compression;
+pub use generation::{Compression, generation_pages};
 pub use manifest::{
     Description, DiskLayer, GenerationPart, MachinePart, Manifest, MemoryPart, ObjectFile, Origin,
     Part, PartName, Vmm,

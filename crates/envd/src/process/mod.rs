@@ -8,10 +8,11 @@
 //! ```
 //!
 //! A program belongs to no stream: when all readers go, it runs on. Its exit is kept for
-//! [`table::RETENTION`] after the end, for those who connect late. It survives the agent too:
+//! [`ended::RETENTION`] after the end, for those who connect late. It survives the agent too:
 //! see [`crate::handover`].
 
 mod adopted;
+pub mod ended;
 pub mod event;
 pub mod exit;
 mod input;

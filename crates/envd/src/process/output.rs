@@ -268,6 +268,13 @@ impl Log {
         let inner = self.lock();
         inner.end - inner.start
     }
+
+    /// What it takes to keep them: of many small outputs the log itself is the most.
+    pub(super) fn memory(&self) -> u64 {
+        let inner = self.lock();
+        let frame = size_of::<Log>() + inner.chunks.capacity() * size_of::<Chunk>();
+        frame as u64 + inner.end - inner.start
+    }
 }
 
 impl Inner {

@@ -1,11 +1,10 @@
 //! The programs that run, and the exits of those that ran.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
@@ -13,19 +12,11 @@ use rustix::termios::Winsize;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
+use super::ended::{Ended, Ends, RETENTION};
 use super::exit::Exit;
 use super::input::{Input, InputError, write_all};
 use super::output::Log;
 use crate::handover::Kept;
-
-/// How long an exit is kept for those who connect late.
-pub const RETENTION: Duration = Duration::from_secs(60);
-/// Exits that are kept: as many as a kernel has process ids unless told otherwise, so that in
-/// practice only a number that is used again makes one unreachable. Without a bound they
-/// would fill the guest.
-const MAX_ENDED: usize = 32_768;
-/// Output of ended programs that is kept for replay, all together.
-const ENDED_OUTPUT: u64 = 4 << 20;
 
 /// What was asked for.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
@@ -240,42 +231,6 @@ pub(super) fn window(cols: u16, rows: u16) -> Winsize {
     }
 }
 
-/// A program that has ended.
-#[derive(Debug, Clone)]
-pub struct Ended {
-    /// The process id it had.
-    pub pid: u32,
-    /// How it ended.
-    pub exit: Exit,
-    /// Its output.
-    pub output: Output,
-    tag: Option<String>,
-    at: Instant,
-    serial: u64,
-}
-
-/// What is left of the output of a program that has ended.
-#[derive(Debug, Clone)]
-pub enum Output {
-    /// Its last part, as long as there is memory for it.
-    Kept(Arc<Log>),
-    /// Nothing but where it ended, so that a late reader is told what it missed (G27).
-    Gone {
-        /// Bytes it had written.
-        end: u64,
-    },
-}
-
-impl Ended {
-    /// The log for a late reader.
-    pub fn log(&self) -> Arc<Log> {
-        match &self.output {
-            Output::Kept(log) => Arc::clone(log),
-            Output::Gone { end } => Arc::new(Log::ended(*end, self.exit)),
-        }
-    }
-}
-
 /// What a selector found.
 #[derive(Debug)]
 pub enum Found {
@@ -313,24 +268,31 @@ pub enum SelectError {
     },
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
     running: HashMap<u32, Arc<Process>>,
-    /// A tree, for it gives back the memory of what is forgotten.
-    ended: BTreeMap<u32, Ended>,
-    /// Ended ones by age: number and serial.
-    order: VecDeque<(u32, u64)>,
-    /// Those of them whose output is kept.
-    with_output: VecDeque<(u32, u64)>,
-    output: u64,
-    serial: u64,
+    ended: Ends,
+    /// Whether somebody forgets them when their time has come.
     janitor: bool,
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Table {
     inner: Mutex<Inner>,
+}
+
+impl Default for Table {
+    fn default() -> Table {
+        let inner = Inner {
+            running: HashMap::new(),
+            ended: Ends::new(Instant::now()),
+            janitor: false,
+        };
+        Table {
+            inner: Mutex::new(inner),
+        }
+    }
 }
 
 impl Table {
@@ -339,10 +301,7 @@ impl Table {
     }
 
     pub(super) fn started(&self, process: &Arc<Process>) {
-        let mut inner = self.lock();
-        // The number is used again: what ended under it is out of reach.
-        inner.forget(process.pid, None);
-        inner.running.insert(process.pid, Arc::clone(process));
+        self.lock().running.insert(process.pid, Arc::clone(process));
     }
 
     pub(super) fn ended(self: &Arc<Self>, process: &Arc<Process>, exit: Exit) {
@@ -355,33 +314,12 @@ impl Table {
             inner.running.remove(&process.pid);
         }
         if inner.running.contains_key(&process.pid) {
+            // The number is another program's by now.
             return;
         }
-        inner.forget(process.pid, None);
-        inner.serial += 1;
-        let (pid, serial) = (process.pid, inner.serial);
-        let kept = process.log.kept();
-        inner.order.push_back((pid, serial));
-        if kept > 0 {
-            inner.with_output.push_back((pid, serial));
-            inner.output += kept;
-        }
-        let ended = Ended {
-            pid,
-            exit,
-            output: match kept {
-                0 => Output::Gone {
-                    end: process.log.progress().0,
-                },
-                _ => Output::Kept(Arc::clone(&process.log)),
-            },
-            tag: process.tag.clone(),
-            at: Instant::now(),
-            serial,
-        };
-        inner.ended.insert(pid, ended);
-        inner.drop_output();
-        inner.expire();
+        let tag = process.tag.as_deref();
+        let now = Instant::now();
+        inner.ended.push(process.pid, tag, &process.log, exit, now);
         if !inner.janitor {
             inner.janitor = true;
             let table = Arc::clone(self);
@@ -394,11 +332,10 @@ impl Table {
         loop {
             tokio::time::sleep(RETENTION).await;
             let mut inner = self.lock();
-            inner.expire();
+            inner.ended.expire(Instant::now());
             if inner.ended.is_empty() {
                 inner.janitor = false;
-                inner.order.shrink_to_fit();
-                inner.with_output.shrink_to_fit();
+                inner.ended.shrink();
                 drop(inner);
                 crate::sys::trim_heap();
                 return;
@@ -432,19 +369,8 @@ impl Table {
         if let Some(process) = inner.running(selector)? {
             return Ok(Found::Running(process));
         }
-        inner.expire();
-        match selector {
-            Selector::Pid(pid) => inner.ended.get(pid).cloned(),
-            // Of several that ended, the last one.
-            Selector::Tag(tag) => inner
-                .ended
-                .values()
-                .filter(|e| e.tag.as_ref() == Some(tag))
-                .max_by_key(|e| e.serial)
-                .cloned(),
-        }
-        .map(Found::Ended)
-        .ok_or_else(|| selector.not_found())
+        let ended = inner.ended.find(selector, Instant::now());
+        ended.map(Found::Ended).ok_or_else(|| selector.not_found())
     }
 }
 
@@ -475,55 +401,6 @@ impl Inner {
                     }),
                 }
             }
-        }
-    }
-
-    /// Forgets an ended program; with a serial, only if it is still that one.
-    fn forget(&mut self, pid: u32, serial: Option<u64>) {
-        if self
-            .ended
-            .get(&pid)
-            .is_some_and(|e| serial.is_none_or(|s| s == e.serial))
-            && let Some(ended) = self.ended.remove(&pid)
-            && let Output::Kept(log) = ended.output
-        {
-            self.output = self.output.saturating_sub(log.kept());
-        }
-    }
-
-    fn drop_output(&mut self) {
-        while self.output > ENDED_OUTPUT {
-            let Some((pid, serial)) = self.with_output.pop_front() else {
-                break;
-            };
-            if let Some(ended) = self.ended.get_mut(&pid).filter(|e| e.serial == serial)
-                && let Output::Kept(log) = &ended.output
-            {
-                // Readers that are at it keep the log itself.
-                self.output = self.output.saturating_sub(log.kept());
-                let end = log.progress().0;
-                ended.output = Output::Gone { end };
-            }
-        }
-    }
-
-    fn expire(&mut self) {
-        while let Some(&(pid, serial)) = self.order.front() {
-            let young = self
-                .ended
-                .get(&pid)
-                .is_some_and(|e| e.serial == serial && e.at.elapsed() < RETENTION);
-            if young && self.ended.len() <= MAX_ENDED {
-                break;
-            }
-            self.order.pop_front();
-            self.forget(pid, Some(serial));
-        }
-        while let Some(&(pid, serial)) = self.with_output.front() {
-            if self.ended.get(&pid).is_some_and(|e| e.serial == serial) {
-                break;
-            }
-            self.with_output.pop_front();
         }
     }
 }

@@ -192,7 +192,7 @@ impl Told {
 #[macro_export]
 macro_rules! follow {
     ($stream:expr, $told:expr, $until:expr) => {{
-        let until: fn(&support::Told) -> bool = $until;
+        let until: fn(&$crate::support::Told) -> bool = $until;
         loop {
             if until(&$told) {
                 break Ok::<(), connectrpc::ConnectError>(());

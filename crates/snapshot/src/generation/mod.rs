@@ -16,5 +16,6 @@ pub(crate) use read::{Generation, Scratch, Verified};
 pub(crate) use write::{Finished, GenerationWriter};
 
 use layout::Chunk;
+pub use read::generation_pages;
 pub use write::Compression;
 pub(crate) use write::Sink;

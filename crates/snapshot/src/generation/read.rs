@@ -305,3 +305,14 @@ impl Generation {
         Fault::at(self.layout.offset(chunk), problem).in_file(&self.path)
     }
 }
+
+/// All pages of the generation `expected` whose file has these bytes, checked as for a restore.
+/// Believes nothing in them: what is allocated is bounded by the chunks that the file has.
+pub fn generation_pages(file: Vec<u8>, expected: GenerationRef) -> Result<Vec<u8>> {
+    let path = Path::new("generation");
+    let unchecked = |chunks| Arc::new(Verified::none_of(chunks));
+    let generation = Generation::open(Box::new(file), path, expected, unchecked)?;
+    let mut pages = vec![0; expected.pages as usize * PAGE];
+    generation.read(0, &mut pages, &mut Scratch::default())?;
+    Ok(pages)
+}

@@ -5,6 +5,10 @@
 //! something counts, and what none says anything about is left to the layers below them.
 //! Format: QEMU's `docs/interop/qcow2.txt`. What QEMU does not write into layers of ours
 //! (compression, encryption, internal snapshots, other cluster sizes) is refused.
+//!
+//! A guest that has taken its QEMU over has written the layer. So a layer may name no more
+//! clusters than it has: few that are named again and again would become a layer that fills
+//! the host's disk.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -36,7 +40,10 @@ enum Cluster {
 /// A layer that is read.
 struct Layer<'a> {
     file: &'a File,
+    length: u64,
     l1: Vec<u64>,
+    /// Clusters that it may still name.
+    unnamed: u64,
 }
 
 fn damaged(why: impl Into<String>) -> io::Error {
@@ -70,7 +77,11 @@ fn read_table(file: &File, entries: usize, at: u64) -> io::Result<Vec<u64>> {
 impl Layer<'_> {
     /// Reads header and L1 table, believing nothing in them. The disk has so many bytes.
     fn open(file: &File) -> io::Result<(Layer<'_>, u64)> {
+        let length = file.metadata()?.len();
         let mut header = [0; 104];
+        if length < header.len() as u64 {
+            return Err(damaged("it ends inside its header"));
+        }
         file.read_exact_at(&mut header, 0)?;
         let word = |at: usize| header[at..].first_chunk().copied().map(u32::from_be_bytes);
         let long = |at: usize| header[at..].first_chunk().copied().map(u64::from_be_bytes);
@@ -91,29 +102,34 @@ impl Layer<'_> {
         let disk = disk.ok_or_else(|| damaged("its size is impossible"))?;
         let entries = disk.div_ceil(L1_COVERS);
         let has = short(36).filter(|has| (entries..=MAX_BYTES / L1_COVERS).contains(has));
-        let length = file.metadata()?.len();
         let at = long(40).filter(|at| at.is_multiple_of(CLUSTER) && *at < length);
         let (Some(_), Some(at)) = (has, at) else {
             return Err(damaged("its L1 table is not where or what it must be"));
         };
         // At most 32,768 for MAX_BYTES.
         let l1 = read_table(file, entries as usize, at)?;
-        Ok((Layer { file, l1 }, disk))
+        let layer = Layer {
+            file,
+            length,
+            l1,
+            unnamed: length.div_ceil(CLUSTER),
+        };
+        Ok((layer, disk))
     }
 
     /// What the layer says of the clusters under the L1 entry of this number; `None`: nothing.
-    fn clusters(&self, l1_index: usize) -> io::Result<Option<Vec<Cluster>>> {
+    fn clusters(&mut self, l1_index: usize) -> io::Result<Option<Vec<Cluster>>> {
         let at = self.l1.get(l1_index).map_or(0, |entry| entry & OFFSET);
         if at == 0 {
             return Ok(None);
         }
-        self.inside(at)?;
+        self.name(at)?;
         let entries = read_table(self.file, L2_ENTRIES, at)?;
         let cluster = |entry: u64| match entry & OFFSET {
             _ if entry & COMPRESSED != 0 => Err(damaged("a cluster is compressed")),
             _ if entry & ZERO != 0 => Ok(Cluster::Zero),
             0 => Ok(Cluster::Below),
-            at => self.inside(at).map(|()| Cluster::At(at)),
+            at => self.name(at).map(|()| Cluster::At(at)),
         };
         entries
             .into_iter()
@@ -122,11 +138,14 @@ impl Layer<'_> {
             .map(Some)
     }
 
-    fn inside(&self, at: u64) -> io::Result<()> {
-        match at.is_multiple_of(CLUSTER) && at < self.file.metadata()?.len() {
-            true => Ok(()),
-            false => Err(damaged(format!("something is said to be at {at:#x}"))),
+    /// Something is said to be in the cluster at `at`.
+    fn name(&mut self, at: u64) -> io::Result<()> {
+        if !at.is_multiple_of(CLUSTER) || at >= self.length {
+            return Err(damaged(format!("something is said to be at {at:#x}")));
         }
+        let left = self.unnamed.checked_sub(1);
+        self.unnamed = left.ok_or_else(|| damaged("it names more clusters than it has"))?;
+        Ok(())
     }
 }
 
@@ -156,7 +175,7 @@ pub fn merge_layers(
         .create_new(true)
         .mode(0o600)
         .open(path)?;
-    let written = write_merged(&opened, disk, &file, go_on);
+    let written = write_merged(&mut opened, disk, &file, go_on);
     if written.is_err() {
         // A half-made layer helps nobody; what matters is the error that is reported.
         let _ = std::fs::remove_file(path);
@@ -167,7 +186,7 @@ pub fn merge_layers(
 /// Clusters of the new file: 0 header, 1 refcount table, 2… L1 table, then each L2 table behind
 /// the content it points to, and refcount blocks at the end, when their number is known.
 fn write_merged(
-    layers: &[Layer<'_>],
+    layers: &mut [Layer<'_>],
     disk: u64,
     file: &File,
     go_on: &mut dyn FnMut(u64) -> bool,
@@ -179,7 +198,7 @@ fn write_merged(
     let mut done = 0;
     for index in 0..l1_entries as usize {
         let mut said = Vec::with_capacity(layers.len());
-        for layer in layers.iter().rev() {
+        for layer in layers.iter_mut().rev() {
             if let Some(clusters) = layer.clusters(index)? {
                 said.push((layer.file, clusters));
             }
@@ -218,6 +237,11 @@ fn write_merged(
             };
             l2.extend_from_slice(&entry.to_be_bytes());
         }
+        if crate::runs::is_zero(&l2) {
+            // Tables that say nothing, of which a file with holes can have any number.
+            l1.push(0);
+            continue;
+        }
         file.write_all_at(&l2, used * CLUSTER)?;
         l1.push((used * CLUSTER) | COPIED);
         used += 1;
@@ -229,10 +253,13 @@ fn write_merged(
     while blocks * REFCOUNTS_PER_BLOCK < used + blocks {
         blocks += 1;
     }
+    // Cluster 1 is the table of them.
+    if blocks > CLUSTER / 8 {
+        return Err(damaged("together they are larger than a layer can be"));
+    }
     let table: Vec<u8> = (used..used + blocks)
         .flat_map(|block| (block * CLUSTER).to_be_bytes())
         .collect();
-    // Of a file of at most MAX_BYTES, and as much again, it has no more than a cluster.
     file.write_all_at(&table, CLUSTER)?;
     let counts = 1u16.to_be_bytes().repeat((used + blocks) as usize);
     file.set_len((used + blocks) * CLUSTER)?;
@@ -368,6 +395,16 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{at}: {error}");
             assert!(!out.exists());
         }
+        // Each table and cluster again and again.
+        let mut wrong = bytes.clone();
+        for entry in wrong[l2..l2 + CLUSTER as usize].chunks_exact_mut(8) {
+            entry.copy_from_slice(&bytes[l2..l2 + 8]);
+        }
+        let path = dir.path().join("repeated");
+        std::fs::write(&path, wrong).unwrap();
+        let error = merged(&[path], &out).unwrap_err().to_string();
+        assert!(error.contains("more clusters than it has"), "{error}");
+        assert!(!out.exists());
         let path = dir.path().join("short");
         std::fs::write(&path, &bytes[..100]).unwrap();
         assert!(merged(&[path], &out).is_err());
