@@ -18,8 +18,8 @@ use super::mmds;
 
 use crate::auth::token::hash_matches;
 
-/// There on every QEMU whose fw_cfg the kernel knows.
-const FW_CFG_DEVICE: &str = "/sys/firmware/qemu_fw_cfg";
+/// There on every QEMU whose fw_cfg the kernel knows. The folder alone comes with the module.
+const FW_CFG_DEVICE: &str = "/sys/firmware/qemu_fw_cfg/rev";
 const FW_CFG: &str = "/sys/firmware/qemu_fw_cfg/by_name/opt/wrenn/restore/raw";
 /// Bytes at first; the file is padded with NULs, and reading it is slow under emulation.
 const HEAD: usize = 512;
