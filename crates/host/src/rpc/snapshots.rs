@@ -117,6 +117,7 @@ impl HostRpc {
             lifetime: request.lifetime.as_option().map(Lifetime::from),
             actor: Actor::Request,
             boot: request.boot,
+            pause_at_end: request.pause_at_end,
         };
         let done = handle.resume(resume).await?;
         Ok(rpc::ResumeSandboxResponse {

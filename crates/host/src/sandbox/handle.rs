@@ -129,6 +129,8 @@ pub struct Resume {
     pub actor: Actor,
     /// It is booted from its disk, and what memory it has is dropped.
     pub boot: bool,
+    /// From now on it is paused when its time is over; else that stays as it was.
+    pub pause_at_end: bool,
 }
 
 impl Resume {
@@ -138,6 +140,7 @@ impl Resume {
             lifetime: None,
             actor,
             boot: false,
+            pause_at_end: false,
         }
     }
 }
