@@ -1,6 +1,7 @@
 //! Sandboxes: one owner task each, found through the manager.
 
 mod death;
+mod everything;
 mod handle;
 mod journal;
 mod manager;
@@ -11,6 +12,7 @@ mod paused;
 mod transitions;
 
 pub use death::cpu_ms;
+pub use everything::Everything;
 pub use handle::{Certificate, Handle, Live, Order, Resume};
 pub use journal::Journal;
 pub use manager::{CreateSandbox, Manager};
