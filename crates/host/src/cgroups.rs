@@ -15,6 +15,7 @@
 
 mod check;
 mod disk;
+mod reclaim;
 
 use std::fs;
 use std::io;

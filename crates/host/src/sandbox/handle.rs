@@ -16,7 +16,7 @@ use crate::activity::{Activity, InUse};
 use crate::events::Actor;
 use crate::guest::{Guest, Restored};
 use crate::lifetime::Lifetime;
-use crate::machine::{LiveMachine, Phases, Record};
+use crate::machine::{LiveMachine, Phases, Record, name_of};
 use crate::metrics::Series;
 use crate::snapshots::Scope;
 
@@ -193,6 +193,8 @@ pub struct Live {
     pub vm: Arc<dyn Machine>,
     /// Its network slot's number.
     pub slot: u32,
+    /// The name of its control group.
+    pub group: String,
     /// How it came to run; without phases for an adopted one.
     pub certificate: Certificate,
 }
@@ -204,6 +206,7 @@ impl Live {
             dialer: machine.slot.guest(),
             vm: machine.vm.clone(),
             slot: machine.record.slot,
+            group: name_of(&machine.folder),
             certificate,
         }
     }

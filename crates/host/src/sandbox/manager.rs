@@ -92,7 +92,7 @@ impl Registry {
 
 /// All sandboxes of this host.
 pub struct Manager {
-    common: Arc<Common>,
+    pub(super) common: Arc<Common>,
     registry: Arc<Mutex<Registry>>,
 }
 
@@ -113,6 +113,7 @@ impl Manager {
     /// goes away.
     pub async fn create(&self, create: CreateSandbox) -> Result<Arc<Handle>, SandboxError> {
         let id = create.id;
+        self.make_room(create.shape.unwrap_or(Shape::DEFAULT)).await;
         let begun = self.begin(create)?;
         match begun {
             Begun::There(handle) => {

@@ -9,6 +9,7 @@ mod merging;
 mod network;
 mod owner;
 mod paused;
+mod room;
 mod transitions;
 
 pub use death::cpu_ms;

@@ -43,6 +43,8 @@ struct Diagnosis {
     control_groups: Result<String, String>,
     /// What of the disk is limited, or why nothing can be.
     disk_limits: Result<String, String>,
+    /// So many bytes may be asked back from idle sandboxes, or why none.
+    reclaimable: Result<u64, String>,
     missing: Vec<MissingPackage>,
     advice: Vec<Advice>,
     /// Since when the host starts nothing; or why nobody knows.
@@ -98,6 +100,7 @@ fn examine(context: &Context) -> Result<Diagnosis, Failure> {
         choice,
         capacity,
         control_groups: groups.describe(),
+        reclaimable: groups.reclaimable(),
         disk_limits,
         missing,
         advice,
@@ -190,6 +193,10 @@ impl Diagnosis {
             "controlGroups": {
                 "usable": self.control_groups.is_ok(),
                 "detail": self.control_groups.as_ref().unwrap_or_else(|why| why),
+            },
+            "idleMemory": {
+                "reclaimableBytes": self.reclaimable.as_ref().ok(),
+                "problem": self.reclaimable.as_ref().err(),
             },
             "diskLimits": {
                 "usable": self.disk_limits.is_ok(),
@@ -385,6 +392,15 @@ impl Diagnosis {
         let limits = &self.disk_limits;
         let detail = limits.as_ref().unwrap_or_else(|why| why).clone();
         row("limits of disk use", yes(limits.is_ok()), detail);
+        let memory = &self.reclaimable;
+        let detail = match memory {
+            Ok(most) => format!(
+                "asked back before a sandbox is refused, at most {}: the swap that is free",
+                bytes(*most)
+            ),
+            Err(why) => format!("stays theirs: {why}"),
+        };
+        row("memory of idle sandboxes", yes(memory.is_ok()), detail);
         table
     }
 }
