@@ -241,10 +241,12 @@ async fn g35_a_name_opens_its_addresses_and_nothing_else() {
     let index = slot.index();
     drop((_relay, guest));
     pool.give_back(slot).await;
-    let again = pool.take().await.unwrap();
-    assert_eq!(again.index(), index);
-    assert_eq!(again.denials().await.unwrap(), []);
-    pool.give_back(again).await;
+    let next = [pool.take().await.unwrap(), pool.take().await.unwrap()];
+    assert!(next.iter().any(|slot| slot.index() == index));
+    for slot in next {
+        assert_eq!(slot.denials().await.unwrap(), []);
+        pool.give_back(slot).await;
+    }
     pool.shutdown().await;
 }
 
