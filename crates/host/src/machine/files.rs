@@ -64,14 +64,22 @@ pub async fn remove_folder(folder: &Path) -> Result<(), MachineError> {
 pub fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(value)?;
     let temporary = folder.join(format!(".{name}.new"));
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)?;
-    file.write_all(&text)?;
-    std::fs::rename(&temporary, folder.join(name))
+    let write = || {
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
+        file.write_all(&text)?;
+        std::fs::rename(&temporary, folder.join(name))
+    };
+    let written = write();
+    if written.is_err() {
+        // On a full disk it is there and empty. That it was not written is what is told.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written
 }
 
 /// Reads `folder/name`; `None` when there is no such file. Damage is an error that names it.
