@@ -40,12 +40,22 @@ pub fn new_folder(machines: &Path, uid: u32) -> Result<PathBuf, MachineError> {
         std::fs::DirBuilder::new().mode(0o700).create(&vm)?;
         std::os::unix::fs::chown(&vm, Some(uid), Some(uid))
     };
-    make().map_err(|source| MachineError::File {
-        action: "make",
-        path: folder.clone(),
-        source,
-    })?;
-    Ok(folder)
+    match make() {
+        Ok(()) => Ok(folder),
+        Err(source) => {
+            // On a full disk it is there without the VM's part.
+            if let Err(error) = std::fs::remove_dir_all(&folder)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::error!(folder = %folder.display(), %error, "half a machine's folder stays");
+            }
+            Err(MachineError::File {
+                action: "make",
+                path: folder,
+                source,
+            })
+        }
+    }
 }
 
 /// Removes a machine's folder; it is no error when it is gone.
