@@ -78,6 +78,12 @@ pub(crate) struct HostArgs {
     /// How many connections to the outside each guest may have at once [env: WRENN_GUEST_CONNECTIONS] [default: 4096]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) guest_connections: Option<u32>,
+    /// What each sandbox may read from the disk per second, and as much write, in megabytes [env: WRENN_GUEST_DISK_BANDWIDTH] [default: no limit]
+    #[arg(long, value_name = "MB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) guest_disk_bandwidth: Option<u32>,
+    /// How often each sandbox may read from the disk per second, and as often write [env: WRENN_GUEST_DISK_IOPS] [default: no limit]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) guest_disk_iops: Option<u32>,
 }
 
 /// How data is printed.

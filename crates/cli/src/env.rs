@@ -34,6 +34,10 @@ pub(crate) const EXPECTED_USE: &str = "WRENN_EXPECTED_USE";
 pub(crate) const GUEST_BANDWIDTH: &str = "WRENN_GUEST_BANDWIDTH";
 /// How many connections to the outside each guest may have at once.
 pub(crate) const GUEST_CONNECTIONS: &str = "WRENN_GUEST_CONNECTIONS";
+/// What each sandbox may read from the disk, and as much write, in megabytes per second.
+pub(crate) const GUEST_DISK_BANDWIDTH: &str = "WRENN_GUEST_DISK_BANDWIDTH";
+/// How often each sandbox may read from the disk per second, and as often write.
+pub(crate) const GUEST_DISK_IOPS: &str = "WRENN_GUEST_DISK_IOPS";
 /// A file: the server ends itself, as by a crash, at the step that is written in it. For
 /// `wrenn chaos`.
 pub(crate) const CRASH_FILE: &str = "WRENN_CRASH_FILE";
@@ -45,6 +49,8 @@ pub(crate) const HOST: &str = "WRENN_HOST";
 pub(crate) const HOST_TOKEN_FILE: &str = "WRENN_HOST_TOKEN_FILE";
 /// Where `wrenn host-agent` listens.
 pub(crate) const HOST_LISTEN: &str = "WRENN_HOST_LISTEN";
+/// What becomes of the sandboxes when `wrenn host-agent` ends, likewise.
+pub(crate) const HOST_ON_STOP: &str = "WRENN_HOST_ON_STOP";
 /// Where a person's configuration lives (XDG base directories).
 pub(crate) const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
 /// The person's folder, where `XDG_CONFIG_HOME` is not set.

@@ -17,6 +17,7 @@ mod env;
 mod error;
 mod exit;
 mod guest_programs;
+mod heap;
 mod host_address;
 mod logging;
 mod output;
@@ -75,7 +76,15 @@ fn run(command: Command, context: Context) -> Result<ExitCode, Failure> {
     if let Command::PageServer(args) = &command {
         return Ok(commands::page_server::run(args));
     }
+    let serves = matches!(command, Command::Up(_) | Command::HostAgent(_));
+    if serves {
+        heap::share_arenas();
+    }
     let runtime = runtime(&command)?;
+    if serves {
+        // It ends with the runtime.
+        runtime.spawn(heap::keep_small());
+    }
     let outcome = runtime.block_on(dispatch(command, &context));
     // A thread may still wait for a key on stdin; nothing needs what it would read.
     runtime.shutdown_background();

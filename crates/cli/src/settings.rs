@@ -23,14 +23,18 @@
 //! expected_use = 25         # percent
 //! guest_bandwidth = 100     # megabits per second
 //! guest_connections = 4096
+//! guest_disk_bandwidth = 50 # megabytes per second
+//! guest_disk_iops = 1000
 //! on_stop = "keep"          # pause, destroy
 //! host = "/run/wrenn/agent.sock"
 //! host_token_file = "/etc/wrenn/host-token"
 //!
-//! [host_agent]              # and of [up]: vmm, accelerator, pool_size, expected_use,
-//!                           # guest_bandwidth, guest_connections
+//! [host_agent]              # and of [up]: vmm, accelerator, pool_size, expected_use, guest_…
 //! listen = "/run/wrenn/agent.sock"
+//! on_stop = "keep"          # pause, destroy
 //! ```
+
+mod host;
 
 use std::fs;
 use std::io;
@@ -43,10 +47,13 @@ use serde::{Deserialize, Serialize};
 use wrenn_types::{ApiKey, SecretError};
 use wrenn_vmm::probe::Driver;
 
-use crate::args::{GlobalArgs, HostArgs};
-use crate::commands::{host_agent, up};
+use crate::args::GlobalArgs;
+use crate::commands::up;
 use crate::env;
 use crate::host_address::HostAddress;
+
+use self::host::{FileHostAgent, Percent};
+pub(crate) use self::host::{HostAgentSettings, HostSettings};
 
 /// The data folder where nothing else is said.
 pub(crate) const DEFAULT_DATA_DIR: &str = "/var/lib/wrenn";
@@ -199,15 +206,11 @@ struct FileUp {
     expected_use: Option<Percent>,
     guest_bandwidth: Option<NonZeroU32>,
     guest_connections: Option<NonZeroU32>,
+    guest_disk_bandwidth: Option<NonZeroU32>,
+    guest_disk_iops: Option<NonZeroU32>,
     on_stop: Option<OnStop>,
     host: Option<HostAddress>,
     host_token_file: Option<PathBuf>,
-}
-
-#[derive(Debug, Default, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileHostAgent {
-    listen: Option<HostAddress>,
 }
 
 /// What every command may want to know.
@@ -229,23 +232,6 @@ pub(crate) struct Settings {
     pub(crate) log_format: LogFormat,
     up: FileUp,
     host_agent: FileHostAgent,
-}
-
-/// What an agent of a host runs with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct HostSettings {
-    /// Which virtual machine monitor.
-    pub(crate) vmm: VmmChoice,
-    /// Which accelerator.
-    pub(crate) accelerator: AcceleratorChoice,
-    /// How many warmed machines wait for a sandbox; `None`: chosen by what the host has.
-    pub(crate) pool_size: Option<u32>,
-    /// So many percent of a sandbox's memory are counted on admission; `None`: as the host thinks.
-    pub(crate) expected_use: Option<u32>,
-    /// Megabits per second of each guest, in each direction; `None`: no limit.
-    pub(crate) guest_bandwidth: Option<u32>,
-    /// Connections of each guest; `None`: as the host thinks.
-    pub(crate) guest_connections: Option<u32>,
 }
 
 /// What `wrenn up` runs with.
@@ -372,104 +358,6 @@ impl Settings {
                     .unwrap_or_default(),
             },
         })
-    }
-
-    /// Merges what concerns the agent of a host.
-    pub(crate) fn host(
-        &self,
-        flags: &HostArgs,
-        env: Environment<'_>,
-    ) -> Result<HostSettings, SettingsError> {
-        let var = |name: &'static str| env(name).filter(|value| !value.is_empty());
-        let file = &self.up;
-        Ok(HostSettings {
-            vmm: match flags.vmm {
-                Some(vmm) => vmm,
-                None => choice(env::VMM, var(env::VMM))?
-                    .or(file.vmm)
-                    .unwrap_or_default(),
-            },
-            accelerator: match flags.accelerator {
-                Some(accelerator) => accelerator,
-                None => choice(env::ACCELERATOR, var(env::ACCELERATOR))?
-                    .or(file.accelerator)
-                    .unwrap_or_default(),
-            },
-            pool_size: match flags.pool_size {
-                Some(size) => Some(size),
-                None => parsed(env::POOL_SIZE, var(env::POOL_SIZE), "is no whole number")?
-                    .or(file.pool_size),
-            },
-            expected_use: match flags.expected_use {
-                Some(percent) => Some(percent),
-                None => parsed(env::EXPECTED_USE, var(env::EXPECTED_USE), Percent::EXPECTED)?
-                    .or(file.expected_use)
-                    .map(|percent: Percent| percent.0),
-            },
-            guest_bandwidth: match flags.guest_bandwidth {
-                Some(mbit) => Some(mbit),
-                None => parsed(env::GUEST_BANDWIDTH, var(env::GUEST_BANDWIDTH), POSITIVE)?
-                    .or(file.guest_bandwidth)
-                    .map(NonZeroU32::get),
-            },
-            guest_connections: match flags.guest_connections {
-                Some(connections) => Some(connections),
-                None => parsed(
-                    env::GUEST_CONNECTIONS,
-                    var(env::GUEST_CONNECTIONS),
-                    POSITIVE,
-                )?
-                .or(file.guest_connections)
-                .map(NonZeroU32::get),
-            },
-        })
-    }
-
-    /// Where `wrenn host-agent` listens.
-    pub(crate) fn host_agent_listen(
-        &self,
-        flags: &host_agent::Args,
-        env: Environment<'_>,
-    ) -> Result<HostAddress, SettingsError> {
-        if let Some(listen) = &flags.listen {
-            return Ok(listen.clone());
-        }
-        let said = env(env::HOST_LISTEN).filter(|value| !value.is_empty());
-        Ok(address(env::HOST_LISTEN, said)?
-            .or(self.host_agent.listen.clone())
-            .unwrap_or_else(|| HostAddress::default_in(&self.data_dir)))
-    }
-}
-
-/// What is expected of a number that must not be zero.
-const POSITIVE: &str = "is no positive whole number";
-
-/// A number from 1 to 100.
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(try_from = "u32")]
-struct Percent(u32);
-
-impl Percent {
-    const EXPECTED: &str = "is no number from 1 to 100";
-}
-
-impl TryFrom<u32> for Percent {
-    type Error = &'static str;
-
-    fn try_from(percent: u32) -> Result<Self, Self::Error> {
-        match percent {
-            1..=100 => Ok(Percent(percent)),
-            _ => Err("not a number from 1 to 100"),
-        }
-    }
-}
-
-impl std::str::FromStr for Percent {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let number: u32 = text.parse().map_err(|_| Percent::EXPECTED)?;
-        Percent::try_from(number)
     }
 }
 

@@ -44,7 +44,10 @@ pub(crate) fn judge(row: SandboxState, busy: bool, host: Option<&HostSandbox>) -
             S::Stopping => Verdict::Become(S::Stopped, None),
             S::Pending | S::Starting => Verdict::Become(
                 S::Error,
-                Some("the server was ended while this sandbox started".to_owned()),
+                Some(
+                    "it was not started: the server was ended, or its database failed, meanwhile"
+                        .to_owned(),
+                ),
             ),
             S::Running | S::Pausing | S::Snapshotting | S::Missing => {
                 Verdict::Become(S::Stopped, Some("its host no longer has it".to_owned()))

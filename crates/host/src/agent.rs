@@ -28,7 +28,7 @@ use crate::machine::{MachineError, Site, machine_folders, name_of, record_in};
 use crate::metrics;
 use crate::pool::Pool;
 use crate::rpc::HostRpc;
-use crate::sandbox::{Common, DialFailure, Manager, Paused};
+use crate::sandbox::{Common, DialFailure, Everything, Manager, Paused};
 use crate::snapshots::Snapshots;
 use crate::template::{TemplateError, TemplateStore};
 
@@ -193,6 +193,25 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
     })
 }
 
+/// Limits what machines may use of the disk, where that was asked for.
+fn limit_disk(site: &mut Site) {
+    let HostConfig {
+        data_dir,
+        disk_limits,
+        ..
+    } = &site.config;
+    if let Err(why) = site.cgroups.limit_disk(data_dir, *disk_limits) {
+        tracing::warn!(
+            why,
+            "what sandboxes use of the disk is not limited, as was asked for"
+        );
+    } else if !disk_limits.is_none() && !site.cgroups.limits_writes() {
+        tracing::warn!(
+            "control groups v1 limit what sandboxes read from the disk, and not what they write"
+        );
+    }
+}
+
 /// Takes over what an earlier agent left: paused sandboxes, machines, and pins of snapshots.
 /// Returns the slots that are in use.
 async fn adopt_all(
@@ -288,7 +307,9 @@ impl HostAgent {
         let lock = lock_data_dir(&config)?;
         let images = ImageStore::open(config.images_dir())?;
         let templates = Arc::new(TemplateStore::open(config.templates_dir(), images));
-        let site = Arc::new(build_site(config.clone()).await?);
+        let mut site = build_site(config.clone()).await?;
+        limit_disk(&mut site);
+        let site = Arc::new(site);
         let pool = Pool::new(site.clone(), templates.clone());
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
         let snapshots = {
@@ -385,13 +406,27 @@ impl HostAgent {
             .collect()
     }
 
+    /// Pauses all sandboxes that run, and starts nothing any more. What cannot be paused runs on.
+    pub async fn pause_all(&self) -> Everything {
+        self.parts.manager.close();
+        self.parts.manager.pause_all().await
+    }
+
+    /// Ends all sandboxes, paused ones included, and starts nothing any more.
+    pub async fn destroy_all(&self) -> Everything {
+        self.parts.manager.close();
+        self.parts.manager.destroy_all().await
+    }
+
     /// Ends the agent. Machines that wait are ended; sandboxes live on for the next agent,
     /// or are ended with `destroy`.
     pub async fn shutdown(self, destroy: bool) {
         self.parts.manager.close();
         self.sampler.abort();
         if destroy {
-            self.parts.manager.destroy_all().await;
+            for (id, error) in self.parts.manager.destroy_all().await.failed {
+                tracing::warn!(sandbox = %id, error = %chain(&error), "could not be ended");
+            }
         }
         self.parts.pool.close(self.filler).await;
         // Half-way it leaves nothing that the next agent does not find and finish.

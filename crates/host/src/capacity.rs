@@ -113,6 +113,12 @@ pub fn fits(shape: Shape, percent: u32, memory_available: u64, disk_available: u
     by_memory.min(by_disk)
 }
 
+/// Bytes of memory that a machine of this shape lacks to be admitted; 0 where it would be.
+pub fn memory_lacking(shape: Shape, percent: u32) -> std::io::Result<u64> {
+    let needed = MEMORY_RESERVE + expected_use(shape, percent);
+    Ok(needed.saturating_sub(memory_available()?))
+}
+
 /// Refuses a machine that would not fit.
 pub fn admit(shape: Shape, percent: u32, data_dir: &Path) -> Result<(), CapacityError> {
     let memory = memory_available().map_err(|source| CapacityError::Unknown {

@@ -1,15 +1,21 @@
 //! Limits of a machine's processes: a control group each, in whichever version this host has.
 //!
 //! ```text
-//! v2  /sys/fs/cgroup/wrenn/m-0123…/{cpu.max, memory.max, pids.max}
-//! v1  /sys/fs/cgroup/{cpu, memory, pids}/wrenn/m-0123…/…
+//! v2  /sys/fs/cgroup/wrenn/m-0123…/{cpu.max, memory.max, pids.max, io.max}
+//! v1  /sys/fs/cgroup/{cpu, memory, pids, blkio}/wrenn/m-0123…/…
 //! ```
 //!
 //! A group has its machine's folder's name, so that whoever finds one without a folder knows
 //! that nobody needs it. Processes are moved in when the machine is loaded and before its guest
 //! runs; what a monitor has allocated until then counts for the agent.
 //!
+//! The disk is limited where the operator says so ([`Cgroups::limit_disk`]).
+//!
 //! Files and their units: `Documentation/admin-guide/cgroup-v1/` and `cgroup-v2.rst` of Linux.
+
+mod check;
+mod disk;
+mod reclaim;
 
 use std::fs;
 use std::io;
@@ -18,6 +24,9 @@ use std::time::Duration;
 
 use rustix::fs::{Access, access};
 use wrenn_types::Shape;
+
+pub use self::check::{disk_self_check, self_check};
+pub use self::disk::DiskLimits;
 
 /// Where control groups are mounted.
 const MOUNTED: &str = "/sys/fs/cgroup";
@@ -39,6 +48,9 @@ const PASSED_ON: &str = "cgroup.subtree_control";
 
 /// The controllers that are used.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// The one that limits a disk, in version 2 and in version 1.
+const IO: &str = "io";
+const BLKIO: &str = "blkio";
 
 /// What a machine may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,8 +77,8 @@ impl Limits {
 /// Which control groups this host has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Layout {
-    /// One tree for all.
-    Unified(PathBuf),
+    /// One tree for all, and whether a disk can be limited in it.
+    Unified { root: PathBuf, io: bool },
     /// A tree for each controller, of those that are there.
     PerController(Vec<(&'static str, PathBuf)>),
     /// None that can be used, and why.
@@ -79,6 +91,8 @@ pub struct Cgroups {
     layout: Layout,
     /// The folder of all groups of this agent.
     name: String,
+    /// The device that is limited, and how.
+    disk: Option<(String, DiskLimits)>,
 }
 
 impl Cgroups {
@@ -96,15 +110,51 @@ impl Cgroups {
         Cgroups {
             layout,
             name: name.to_owned(),
+            disk: None,
         }
+    }
+
+    /// Limits what each machine may use of the disk that `folder` lies on, from now on and of
+    /// machines that start. Asked for no limits it does nothing.
+    ///
+    /// # Errors
+    /// Why that cannot be done here, as a sentence; then nothing of the disk is limited.
+    pub fn limit_disk(&mut self, folder: &Path, limits: DiskLimits) -> Result<(), String> {
+        if !limits.is_none() {
+            self.disk = Some((self.disk_of(folder)?, limits));
+        }
+        Ok(())
+    }
+
+    /// The disk that `folder` lies on as it would be limited, `254:0`; or why it cannot be.
+    pub fn disk_of(&self, folder: &Path) -> Result<String, String> {
+        match &self.layout {
+            Layout::Unified { io: true, .. } => {}
+            Layout::Unified { io: false, .. } => {
+                return Err("control groups v2 without the controller io".to_owned());
+            }
+            Layout::PerController(trees) if trees.iter().any(|(name, _)| *name == BLKIO) => {}
+            Layout::PerController(_) => {
+                return Err("control groups v1 without the controller blkio".to_owned());
+            }
+            Layout::Missing(why) => return Err(why.clone()),
+        }
+        disk::device_of(folder, Path::new(disk::DEVICES))
+    }
+
+    /// Whether the kernel knows whose a write is that goes through its cache of files, and so
+    /// limits what guests write.
+    pub fn limits_writes(&self) -> bool {
+        matches!(self.layout, Layout::Unified { .. })
     }
 
     /// What is in use, for people: `v2`, `v1: cpu, memory, pids`, or why there is nothing.
     pub fn describe(&self) -> Result<String, String> {
         match &self.layout {
-            Layout::Unified(_) => Ok("v2: cpu, memory, pids".to_owned()),
+            Layout::Unified { .. } => Ok("v2: cpu, memory, pids".to_owned()),
             Layout::PerController(trees) => {
-                let names: Vec<&str> = trees.iter().map(|(name, _)| *name).collect();
+                let names = trees.iter().map(|(name, _)| *name);
+                let names: Vec<&str> = names.filter(|name| *name != BLKIO).collect();
                 Ok(format!("v1: {}", names.join(", ")))
             }
             Layout::Missing(why) => Err(why.clone()),
@@ -114,7 +164,7 @@ impl Cgroups {
     /// The folders of a group, with the controllers that each has.
     fn folders(&self, machine: &str) -> Vec<(&'static str, PathBuf)> {
         match &self.layout {
-            Layout::Unified(root) => vec![("", root.join(&self.name).join(machine))],
+            Layout::Unified { root, .. } => vec![("", root.join(&self.name).join(machine))],
             Layout::PerController(trees) => trees
                 .iter()
                 .map(|(controller, tree)| (*controller, tree.join(&self.name).join(machine)))
@@ -126,12 +176,19 @@ impl Cgroups {
     /// Puts processes into a group of their own with these limits. On a host without control
     /// groups it does nothing, which [`Cgroups::describe`] tells.
     pub fn confine(&self, machine: &str, limits: Limits, pids: &[u32]) -> io::Result<()> {
-        if let Layout::Unified(root) = &self.layout {
+        if let Layout::Unified { root, .. } = &self.layout {
             self.pass_controllers_on(root)?;
         }
         for (controller, folder) in self.folders(machine) {
+            let mut files = settings(controller, limits);
+            if let Some((device, limits)) = &self.disk {
+                files.extend(disk::settings(controller, device, *limits));
+            }
+            if files.is_empty() {
+                continue;
+            }
             fs::create_dir_all(&folder).map_err(|e| named("make", &folder, e))?;
-            for (file, value) in settings(controller, limits) {
+            for (file, value) in files {
                 write(&folder.join(file), &value)?;
             }
             for pid in pids {
@@ -144,9 +201,13 @@ impl Cgroups {
     /// In version 2 each folder from the root down has to pass the controllers on to those in it.
     fn pass_controllers_on(&self, root: &Path) -> io::Result<()> {
         let folder = root.join(&self.name);
-        write(&root.join(PASSED_ON), "+cpu +memory +pids")?;
+        let controllers = match &self.disk {
+            Some(_) => "+cpu +memory +pids +io",
+            None => "+cpu +memory +pids",
+        };
+        write(&root.join(PASSED_ON), controllers)?;
         fs::create_dir_all(&folder).map_err(|e| named("make", &folder, e))?;
-        write(&folder.join(PASSED_ON), "+cpu +memory +pids")
+        write(&folder.join(PASSED_ON), controllers)
     }
 
     /// How many processes of the group the kernel has killed for want of memory; 0 where that is
@@ -247,7 +308,10 @@ fn unified(mounted: &Path, controllers: &str) -> Layout {
         ));
     }
     match access(mounted, Access::WRITE_OK) {
-        Ok(()) => Layout::Unified(mounted.to_owned()),
+        Ok(()) => Layout::Unified {
+            root: mounted.to_owned(),
+            io: has(&IO),
+        },
         Err(error) => Layout::Missing(format!("control groups v2 cannot be written to: {error}")),
     }
 }
@@ -255,7 +319,7 @@ fn unified(mounted: &Path, controllers: &str) -> Layout {
 fn per_controller(mounted: &Path) -> Layout {
     let mut trees = Vec::new();
     let mut why = "no control groups are mounted".to_owned();
-    for controller in CONTROLLERS {
+    for controller in CONTROLLERS.into_iter().chain([BLKIO]) {
         let tree = mounted.join(controller);
         if !tree.join("cgroup.procs").exists() {
             continue;
@@ -265,9 +329,10 @@ fn per_controller(mounted: &Path) -> Layout {
             Err(error) => why = format!("{} cannot be written to: {error}", tree.display()),
         }
     }
-    match trees.is_empty() {
-        true => Layout::Missing(why),
-        false => Layout::PerController(trees),
+    // A disk alone that could be limited is not what is meant by limits.
+    match trees.iter().any(|(controller, _)| *controller != BLKIO) {
+        true => Layout::PerController(trees),
+        false => Layout::Missing(why),
     }
 }
 
@@ -306,76 +371,6 @@ fn named(doing: &str, path: &Path, error: io::Error) -> io::Error {
         error.kind(),
         format!("cannot {doing} {}: {error}", path.display()),
     )
-}
-
-/// Confines a process to a group that it fills, on the host this runs on: real control groups
-/// of whichever version. Prints what was seen; the end-to-end tests run it on the host and, for
-/// the other version, in a guest.
-///
-/// # Errors
-///
-/// What did not hold.
-pub async fn self_check() -> Result<String, String> {
-    let name = format!("wrenn-check-{}", std::process::id());
-    let cgroups = Cgroups::probe(&name);
-    let version = cgroups.describe()?;
-    let limits = Limits {
-        cpu_percent: 20,
-        memory: 32 << 20,
-        tasks: 8,
-    };
-    // It waits to be told to begin, so that what it allocates counts in the group.
-    let mut child = tokio::process::Command::new("/bin/bash")
-        .args(["-c", "read go; exec tail /dev/zero"])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|e| format!("no process to confine: {e}"))?;
-    let pid = child.id().ok_or("it has ended already")?;
-    let checked = async {
-        cgroups
-            .confine("m-check", limits, &[pid])
-            .map_err(|e| e.to_string())?;
-        let own = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|e| e.to_string())?;
-        if !own.contains("m-check") {
-            return Err(format!("the process is not in its group: {own}"));
-        }
-        for (controller, folder) in cgroups.folders("m-check") {
-            for (file, value) in settings(controller, limits) {
-                let set = fs::read_to_string(folder.join(file)).map_err(|e| e.to_string())?;
-                if set.trim() != value {
-                    return Err(format!("{file} is {set}, not {value}"));
-                }
-            }
-        }
-        let mut input = child.stdin.take().ok_or("no input")?;
-        tokio::io::AsyncWriteExt::write_all(&mut input, b"go\n")
-            .await
-            .map_err(|e| e.to_string())?;
-        let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await;
-        let status = ended
-            .map_err(|_| "it was not stopped by its memory limit")?
-            .map_err(|e| e.to_string())?;
-        if std::os::unix::process::ExitStatusExt::signal(&status) != Some(9) {
-            return Err(format!(
-                "it was to be killed for want of memory, not: {status}"
-            ));
-        }
-        match cgroups.oom_kills("m-check") {
-            0 => Err("the kernel's kill was not counted".to_owned()),
-            _ => Ok(()),
-        }
-    };
-    let checked = checked.await;
-    let removed = cgroups.remove("m-check").await;
-    cgroups.close();
-    checked?;
-    removed.map_err(|e| e.to_string())?;
-    match cgroups.machines().is_empty() {
-        true => Ok(version),
-        false => Err("a group is left over".to_owned()),
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,8 @@ use wrenn_types::{HostId, MemoryMib, ShapeLimits, Vcpus};
 use wrenn_vmm::Accelerator;
 use wrenn_vmm::probe::Driver;
 
+use crate::cgroups::DiskLimits;
+
 /// Settings of one host agent.
 #[derive(Debug, Clone)]
 pub struct HostConfig {
@@ -27,6 +29,8 @@ pub struct HostConfig {
     pub subnet: String,
     /// What each guest may use of the network.
     pub guest_limits: Limits,
+    /// What each machine may use of the data folder's disk.
+    pub disk_limits: DiskLimits,
     /// How many machines wait restored, warmed and stopped.
     pub pool_size: usize,
     /// Forces a virtual machine monitor; none: what a probe finds.
@@ -58,6 +62,7 @@ impl HostConfig {
             network_prefix: names.prefix,
             subnet: names.subnet,
             guest_limits: Limits::default(),
+            disk_limits: DiskLimits::default(),
             // A waiting machine costs some 40 MiB and no processor time.
             pool_size: (2 * cpus).clamp(2, 16),
             driver: None,

@@ -47,5 +47,5 @@ pub use agent::{AgentError, HostAgent, InProcessHost};
 pub use config::{HostConfig, network_prefix};
 pub use drain::draining_since;
 pub use machine::{SweepError, SweepReport, crash_by, serve_pages, sweep};
-pub use sandbox::{DialFailure, SandboxError};
+pub use sandbox::{DialFailure, Everything, SandboxError};
 pub use template::TemplateError;

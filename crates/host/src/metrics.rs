@@ -24,6 +24,8 @@ const FINE: usize = 240;
 const COARSE_EVERY: u32 = 60;
 /// and as many of them as make a day.
 const COARSE: usize = 288;
+/// So many points more have room at a time.
+const STEP: usize = 24;
 /// Points that are kept of a sandbox that has ended.
 const AFTERWARDS: usize = 12;
 /// A guest agent that fails to answer so many times in a row is reported.
@@ -56,10 +58,76 @@ pub struct Point {
     pub net_sent: u64,
 }
 
+/// A point as it is kept, in little room: there are hundreds of each sandbox. Guests count their
+/// memory and disks in KiB at least.
+#[derive(Debug, Clone, Copy)]
+struct Kept {
+    at_unix_ms: i64,
+    net_received: u64,
+    net_sent: u64,
+    mem_used_kib: u32,
+    mem_total_kib: u32,
+    mem_cache_kib: u32,
+    disk_used_kib: u32,
+    disk_total_kib: u32,
+    cpu_count: u16,
+    /// Hundredths of a percent.
+    cpu_used: u16,
+}
+
+impl From<Point> for Kept {
+    fn from(point: Point) -> Self {
+        let kib = |bytes: u64| u32::try_from(bytes >> 10).unwrap_or(u32::MAX);
+        Kept {
+            at_unix_ms: point.at_unix_ms,
+            net_received: point.net_received,
+            net_sent: point.net_sent,
+            mem_used_kib: kib(point.mem_used),
+            mem_total_kib: kib(point.mem_total),
+            mem_cache_kib: kib(point.mem_cache),
+            disk_used_kib: kib(point.disk_used),
+            disk_total_kib: kib(point.disk_total),
+            cpu_count: u16::try_from(point.cpu_count).unwrap_or(u16::MAX),
+            // A number that does not fit, or is none, becomes the nearest, or 0.
+            cpu_used: (point.cpu_used_pct * 100.0).round() as u16,
+        }
+    }
+}
+
+impl From<Kept> for Point {
+    fn from(kept: Kept) -> Self {
+        let bytes = |kib: u32| u64::from(kib) << 10;
+        Point {
+            at_unix_ms: kept.at_unix_ms,
+            cpu_count: u32::from(kept.cpu_count),
+            cpu_used_pct: f64::from(kept.cpu_used) / 100.0,
+            mem_used: bytes(kept.mem_used_kib),
+            mem_total: bytes(kept.mem_total_kib),
+            mem_cache: bytes(kept.mem_cache_kib),
+            disk_used: bytes(kept.disk_used_kib),
+            disk_total: bytes(kept.disk_total_kib),
+            net_received: kept.net_received,
+            net_sent: kept.net_sent,
+        }
+    }
+}
+
+/// Adds a point to those that are kept, at most `most`.
+fn keep(points: &mut VecDeque<Kept>, point: Point, most: usize) {
+    if points.len() >= most {
+        points.pop_front();
+    }
+    // By itself it would take twice the room each time.
+    if points.len() == points.capacity() {
+        points.reserve_exact(STEP);
+    }
+    points.push_back(point.into());
+}
+
 #[derive(Debug, Default)]
 struct Inner {
-    fine: VecDeque<Point>,
-    coarse: VecDeque<Point>,
+    fine: VecDeque<Kept>,
+    coarse: VecDeque<Kept>,
     taken: u32,
     silences: u32,
     cpu_ms: u64,
@@ -78,16 +146,10 @@ impl Series {
     fn add(&self, point: Point) {
         let mut inner = self.inner();
         if inner.taken.is_multiple_of(COARSE_EVERY) {
-            inner.coarse.push_back(point);
-            if inner.coarse.len() > COARSE {
-                inner.coarse.pop_front();
-            }
+            keep(&mut inner.coarse, point, COARSE);
         }
         inner.taken = inner.taken.wrapping_add(1);
-        inner.fine.push_back(point);
-        if inner.fine.len() > FINE {
-            inner.fine.pop_front();
-        }
+        keep(&mut inner.fine, point, FINE);
     }
 
     /// The points from `from` to `to`, ascending: as they were taken where that is still known,
@@ -98,13 +160,13 @@ impl Series {
         let old = inner.coarse.iter().filter(|p| p.at_unix_ms < first_fine);
         let all = old.chain(&inner.fine);
         all.filter(|p| p.at_unix_ms >= from && p.at_unix_ms <= to)
-            .copied()
+            .map(|kept| Point::from(*kept))
             .collect()
     }
 
     /// The newest point.
     pub fn latest(&self) -> Option<Point> {
-        self.inner().fine.back().copied()
+        self.inner().fine.back().map(|kept| Point::from(*kept))
     }
 
     /// Processor time of its machine's monitor when it was last looked at, in milliseconds.
@@ -118,6 +180,7 @@ impl Series {
         inner.coarse = VecDeque::new();
         let surplus = inner.fine.len().saturating_sub(AFTERWARDS);
         inner.fine = inner.fine.split_off(surplus);
+        inner.fine.shrink_to_fit();
     }
 
     /// Notes whether the guest agent answered. `Some` when that is news: whether it is well.
@@ -257,6 +320,30 @@ mod tests {
         assert_eq!(minute.len(), 13);
         series.finish();
         assert_eq!(series.between(i64::MIN, i64::MAX).len(), AFTERWARDS);
+    }
+
+    #[test]
+    fn a_point_is_kept_as_it_was_taken() {
+        let point = Point {
+            at_unix_ms: 1_700_000_000_123,
+            cpu_count: 4,
+            cpu_used_pct: 12.34,
+            mem_used: 100 << 20,
+            mem_total: 512 << 20,
+            mem_cache: 4 << 10,
+            disk_used: 3 << 30,
+            disk_total: 2 << 40,
+            net_received: u64::MAX,
+            net_sent: 1,
+        };
+        assert_eq!(Point::from(Kept::from(point)), point);
+        let odd = Point {
+            cpu_used_pct: f64::NAN,
+            disk_total: u64::MAX,
+            ..point
+        };
+        let kept = Point::from(Kept::from(odd));
+        assert_eq!((kept.cpu_used_pct, kept.disk_total >> 40), (0.0, 3));
     }
 
     #[test]

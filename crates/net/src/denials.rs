@@ -1,6 +1,7 @@
 //! What was refused to a guest. The kernel keeps the list, in sets that the firewall fills
-//! ([`crate::policy`]); here it is read.
+//! ([`crate::policy`]); here it is read. Names are noted by the resolver relay ([`crate::refused`]).
 
+use std::fmt;
 use std::io;
 use std::net::Ipv4Addr;
 use std::time::{Duration, SystemTime};
@@ -56,10 +57,28 @@ impl Reason {
         }
     }
 
-    fn of_mark(mark: u32) -> Self {
+    pub(crate) fn of_mark(mark: u32) -> Self {
         // Nothing else sets marks there; whatever it were, the host has refused it.
         let known = REASONS.into_iter().find(|reason| reason.mark() == mark);
         known.unwrap_or(Self::Forbidden)
+    }
+}
+
+/// Where a guest wanted to go.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Destination {
+    /// An address that it sent packets to.
+    Address(Ipv4Addr),
+    /// A name that it asked its resolver for.
+    Name(String),
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Name(name) => f.write_str(name),
+        }
     }
 }
 
@@ -68,26 +87,27 @@ impl Reason {
 pub struct Denial {
     /// When it was refused last.
     pub at: SystemTime,
-    /// The number of the protocol: 6 is TCP, 17 UDP, 1 ICMP.
-    pub protocol: u8,
+    /// The number of the protocol: 6 is TCP, 17 UDP, 1 ICMP. `None` of a name.
+    pub protocol: Option<u8>,
     /// Where the guest wanted to go.
-    pub destination: Ipv4Addr,
+    pub destination: Destination,
     /// The port, if the protocol has them.
     pub port: Option<u16>,
-    /// Packets refused: with TCP one for each attempt to connect.
+    /// Packets refused: with TCP one for each attempt to connect. Of a name the questions.
     pub count: u64,
     /// Why, by the last refusal.
     pub reason: Reason,
 }
 
 impl Denial {
-    /// The protocol's name, or its number.
+    /// The protocol's name, or its number; `dns` of a name.
     pub fn protocol_name(&self) -> String {
         match self.protocol {
-            TCP => "tcp".to_owned(),
-            UDP => "udp".to_owned(),
-            1 => "icmp".to_owned(),
-            number => number.to_string(),
+            None => "dns".to_owned(),
+            Some(TCP) => "tcp".to_owned(),
+            Some(UDP) => "udp".to_owned(),
+            Some(1) => "icmp".to_owned(),
+            Some(number) => number.to_string(),
         }
     }
 }
@@ -130,8 +150,8 @@ fn denial(element: &Element, fields: &[Field; 4]) -> Denial {
     let now = SystemTime::now();
     let mut denial = Denial {
         at: now.checked_sub(since).unwrap_or(now),
-        protocol: 0,
-        destination: Ipv4Addr::UNSPECIFIED,
+        protocol: Some(0),
+        destination: Destination::Address(Ipv4Addr::UNSPECIFIED),
         port: None,
         count: element.packets,
         reason: Reason::Forbidden,
@@ -141,8 +161,10 @@ fn denial(element: &Element, fields: &[Field; 4]) -> Denial {
         let [a, b, ..] = element.field(at);
         match field {
             Field::From => {}
-            Field::To => denial.destination = element.field(at).into(),
-            Field::Protocol => denial.protocol = a,
+            Field::To => {
+                denial.destination = Destination::Address(element.field(at).into());
+            }
+            Field::Protocol => denial.protocol = Some(a),
             Field::Port => denial.port = Some(u16::from_be_bytes([a, b])),
             Field::Mark => {
                 denial.reason = Reason::of_mark(u32::from_ne_bytes(element.field(at)));
@@ -194,6 +216,6 @@ mod tests {
             ("tcp", Some(443), 3)
         );
         assert_eq!(read.reason, Reason::Denied);
-        assert_eq!(read.destination, Ipv4Addr::new(9, 9, 9, 9));
+        assert_eq!(read.destination.to_string(), "9.9.9.9");
     }
 }

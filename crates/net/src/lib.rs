@@ -39,6 +39,7 @@ mod notice;
 mod plumbing;
 mod policy;
 mod pool;
+mod refused;
 pub mod relay;
 mod route;
 mod slot;
@@ -48,7 +49,7 @@ mod sys;
 pub use config::{
     GATEWAY_ADDR, GATEWAY_MAC, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX_LEN, Ipv4Net, Limits, NetConfig,
 };
-pub use denials::{AT_WITHIN, Denial, Reason};
+pub use denials::{AT_WITHIN, Denial, Destination, Reason};
 pub use egress::{MOST_ENTRIES, NamePattern, NetworkPolicy, PolicyError};
 pub use error::NetError;
 pub use pool::{PoolStats, SlotPool};

@@ -109,7 +109,7 @@ fn read_head(head: &[u8]) -> Option<(usize, u32)> {
 }
 
 /// FNV-1a: against a torn write, not against an attacker, who cannot write the file.
-fn checksum(bytes: &[u8]) -> u32 {
+pub(crate) fn checksum(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |sum, byte| {
         (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
     })

@@ -22,8 +22,8 @@ use crate::error::{FLUSH_CONNTRACK, LOAD_RULES, MAKE_VETH, NetError, OPEN_TAP};
 use crate::netlink::Socket;
 use crate::netns::{self, Namespace};
 use crate::notice::{self, Notice};
-use crate::policy::{self, DNS_PORT, OPENINGS_PORT, OUT, TAP};
-use crate::{nft, route, sys};
+use crate::policy::{self, DNS_PORT, OPENINGS_PORT, OUT, REFUSAL_KEPT, TAP};
+use crate::{nft, refused, route, sys};
 
 /// How long a tap may stay open after its slot was given back: the time a killed QEMU needs
 /// to be gone.
@@ -40,6 +40,8 @@ pub(crate) struct Plumbing {
     sockets: Mutex<Sockets>,
     /// Where the relay reads what is in force.
     notice: PathBuf,
+    /// Where the relay notes the names that it refuses.
+    refused: PathBuf,
 }
 
 #[derive(Debug)]
@@ -110,6 +112,7 @@ pub(crate) fn make(config: &NetConfig, index: u32) -> Result<Plumbing, NetError>
             namespace: Arc::new(namespace),
             sockets: Mutex::new(sockets),
             notice: notice::path_of(config, &name),
+            refused: refused::path_of(config, &name),
             name,
         }),
         Err(error) => {
@@ -208,6 +211,7 @@ pub(crate) fn open(config: &NetConfig, index: u32) -> Result<Plumbing, NetError>
             policy: notice::read(&notice).map(|notice| notice.policy),
         }),
         notice,
+        refused: refused::path_of(config, &name),
         name,
     })
 }
@@ -248,6 +252,11 @@ impl Plumbing {
         fs::File::open(&self.notice)
     }
 
+    /// A new file for the names that a new relay refuses.
+    pub(crate) fn make_refused(&self) -> io::Result<fs::File> {
+        refused::make(&self.refused)
+    }
+
     /// Puts a policy in force.
     pub(crate) fn set_policy(
         &self,
@@ -286,8 +295,8 @@ impl Plumbing {
         Ok(())
     }
 
-    /// What was refused to the guest, by the slot's table and by the host's. To be called in
-    /// the host's namespace.
+    /// What was refused to the guest, by the slot's table, the host's, and its resolver. To be
+    /// called in the host's namespace.
     pub(crate) fn denials(&self, config: &NetConfig) -> Result<Vec<Denial>, NetError> {
         let step = |error| NetError::step("list what was refused", self.name.clone(), error);
         let table = &config.name_prefix;
@@ -297,6 +306,7 @@ impl Plumbing {
         };
         let mut host = Socket::netfilter().map_err(step)?;
         found.extend(denials::of_host(&mut host, table, self.outside).map_err(step)?);
+        found.extend(refused::read(&self.refused, REFUSAL_KEPT).map_err(step)?);
         Ok(found)
     }
 
@@ -320,6 +330,7 @@ impl Plumbing {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.set_policy(config, &NetworkPolicy::of_fresh_slot(config))?;
+        refused::remove(&self.refused).map_err(|e| step(FORGET_REFUSALS, e))?;
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         nft::flush_connections(&mut sockets.netfilter).map_err(|e| step(FLUSH_CONNTRACK, e))?;
         // After that nothing of the last tenant can be refused any more.
@@ -353,6 +364,7 @@ pub(crate) fn unmake(
     }
     notice::remove(&notice::path_of(config, name))
         .map_err(|e| step("remove the note of the slot's policy", e))?;
+    refused::remove(&refused::path_of(config, name)).map_err(|e| step(FORGET_REFUSALS, e))?;
     netns::remove(name).map_err(|e| step("remove the network namespace", e))
 }
 

@@ -93,7 +93,8 @@ impl Slot {
     }
 
     /// Opens what [`crate::relay::serve`] needs: the resolver's sockets, at 169.254.0.22:53 in
-    /// the slot's namespace, and the way to learn and to apply the slot's policy.
+    /// the slot's namespace, and the way to learn and to apply the slot's policy and to note
+    /// what it refused.
     ///
     /// # Errors
     /// [`NetError::Step`], with EADDRINUSE while a relay still runs on this slot.
@@ -103,6 +104,10 @@ impl Slot {
             .plumbing
             .open_notice()
             .map_err(|e| step("open the note of the slot's policy", e))?;
+        let refused = self
+            .plumbing
+            .make_refused()
+            .map_err(|e| step("make the file for names that are refused", e))?;
         let (udp, tcp, openings) = self
             .visitor
             .visit(&self.plumbing.namespace, plumbing::bind_dns)
@@ -113,6 +118,7 @@ impl Slot {
             tcp,
             openings,
             notice,
+            refused,
         })
     }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::dns::{self, Data, Zone};
 use common::{Bed, Guest, Listener, World, policy, refused_at_once, run};
 use wrenn_net::relay::{self, RelayFiles, Upstreams};
-use wrenn_net::{Slot, SlotPool};
+use wrenn_net::{Destination, Reason, Slot, SlotPool};
 
 const A: u16 = 1;
 const AAAA: u16 = 28;
@@ -19,15 +19,15 @@ const AAAA: u16 = 28;
 /// has no rights. Ended when dropped.
 struct Relay(std::process::Child);
 
-/// Run by [`Relay::start`] with the descriptors 10 to 13.
+/// Run by [`Relay::start`] with the descriptors 10 to 14.
 #[test]
 #[ignore = "started by other tests, as another user"]
 fn relay_process() {
     use std::os::fd::{FromRawFd, OwnedFd};
     let upstream = std::env::var("UPSTREAM").unwrap().parse().unwrap();
-    // SAFETY: `Relay::start` left these four open for this process, and nobody else has them.
+    // SAFETY: `Relay::start` left these five open for this process, and nobody else has them.
     #[allow(unsafe_code)]
-    let files = (10..14).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let files = (10..15).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
     let files = RelayFiles::from_descriptors(files.collect()).unwrap();
     panic!("{}", relay::serve(files, Upstreams::fixed([upstream])));
 }
@@ -111,6 +111,16 @@ fn serve(world: &World, names: &[(&'static str, Data)]) -> String {
     format!("{link}.2:5353")
 }
 
+/// The names that were refused to a slot's guest, how often and why.
+async fn refused_names(slot: &Slot) -> Vec<(String, u64, Reason)> {
+    let all = slot.denials().await.unwrap().into_iter();
+    all.filter_map(|denial| match denial.destination {
+        Destination::Name(name) => Some((name, denial.count, denial.reason)),
+        Destination::Address(_) => None,
+    })
+    .collect()
+}
+
 async fn pool(bed: &Bed) -> SlotPool {
     let mut config = bed.config();
     config.open = vec!["203.0.113.0/24".parse().unwrap()];
@@ -184,7 +194,14 @@ async fn g35_a_name_opens_its_addresses_and_nothing_else() {
         "xmirror.example",
     ] {
         assert_eq!(resolve(&guest, name, A), Err(3), "{name}");
+        assert_eq!(resolve(&guest, name, AAAA), Err(3), "{name}");
     }
+    assert_eq!(resolve(&guest, "evil.example", A), Err(3));
+    // The sandbox can be told that it was the policy.
+    let names = refused_names(&slot).await;
+    assert_eq!(names.len(), 5, "{names:?}");
+    assert!(names.contains(&("evil.example".to_owned(), 2, Reason::Denied)));
+    assert!(names.contains(&("xmirror.example".to_owned(), 1, Reason::Denied)));
     refused_at_once(&guest, "203.0.113.152:7001");
     // What the relay says from its own port the guest cannot say: its packets never pass there.
     guest.net.inside(|| {
@@ -214,12 +231,27 @@ async fn g35_a_name_opens_its_addresses_and_nothing_else() {
         refused_at_once(&guest, addr);
     }
     assert_eq!(resolve(&guest, "evil.example", A), Err(3));
+    let names = refused_names(&slot).await;
+    assert!(names.contains(&("evil.example".to_owned(), 1, Reason::InternetOff)));
     resolve(&guest, "mirror.example", A).unwrap();
     assert_eq!(guest.connect("203.0.113.51:7001").0, Ok(()));
     drop(open);
 
+    // The next guest of the slot hears nothing of it.
+    let index = slot.index();
     drop((_relay, guest));
     pool.give_back(slot).await;
+    let mut others = Vec::new();
+    let next = loop {
+        match pool.take().await.unwrap() {
+            slot if slot.index() == index => break slot,
+            other => others.push(other),
+        }
+    };
+    assert_eq!(next.denials().await.unwrap(), []);
+    for slot in others.into_iter().chain([next]) {
+        pool.give_back(slot).await;
+    }
     pool.shutdown().await;
 }
 
@@ -291,6 +323,15 @@ async fn g35_no_answer_points_to_what_is_forbidden() {
         assert_eq!(guest.connect("203.0.113.52:7001").0, Ok(()));
         refused_at_once(&guest, "172.31.99.52:7001");
     }
+
+    let names = refused_names(&slot).await;
+    let mut refused: Vec<&str> = names.iter().map(|(name, ..)| name.as_str()).collect();
+    refused.sort_unstable();
+    assert_eq!(
+        refused,
+        ["alias.example", "inward.example", "mixed.example"]
+    );
+    assert!(names.iter().all(|(_, _, why)| *why == Reason::Forbidden));
 
     // Nobody can tell what is in force: then nothing resolves.
     let notice = bed.state().join(format!("net/policies/{}", slot.name()));

@@ -81,7 +81,14 @@ fn relay_on_loopback(upstreams: Upstreams) -> SocketAddr {
     let udp = UdpSocket::bind(addr).unwrap();
     let openings = UdpSocket::bind("127.0.0.1:0").unwrap();
     let notice = common::notice("generation 1\ninternet on\n");
-    let files = vec![udp.into(), tcp.into(), openings.into(), notice.into()];
+    let refused = tempfile::tempfile().unwrap();
+    let files = vec![
+        udp.into(),
+        tcp.into(),
+        openings.into(),
+        notice.into(),
+        refused.into(),
+    ];
     let files = RelayFiles::from_descriptors(files).unwrap();
     std::thread::spawn(move || relay::serve(files, upstreams));
     addr

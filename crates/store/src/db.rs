@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Sqlite, SqlitePool, Transaction};
+use sqlx::{Connection, Sqlite, SqlitePool, Transaction};
 
 use crate::StoreError;
 
@@ -43,6 +43,11 @@ impl Store {
             .max_connections(1)
             .idle_timeout(None)
             .max_lifetime(None)
+            // A full disk has SQLite end a transaction by itself; the driver goes on counting it,
+            // and would begin none any more on this connection.
+            .before_acquire(|connection, _| {
+                Box::pin(async move { Ok(!connection.is_in_transaction()) })
+            })
             .connect_with(options.clone())
             .await
             .map_err(opened)?;
@@ -100,5 +105,22 @@ impl Store {
             .begin_with("BEGIN IMMEDIATE")
             .await
             .map_err(StoreError::doing(doing))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_transaction_that_the_database_ended_itself_is_the_last_to_fail() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("db")).await.unwrap();
+        let mut broken = store.begin("a test").await.unwrap();
+        // As SQLite does when the disk is full.
+        sqlx::query("ROLLBACK").execute(&mut *broken).await.unwrap();
+        drop(broken);
+        let next = store.begin("a test").await.unwrap();
+        next.commit().await.unwrap();
     }
 }

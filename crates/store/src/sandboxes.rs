@@ -117,6 +117,8 @@ pub struct Change {
     pub envd_version: Option<String>,
     /// Set when its host chose another end, or none, such as when traffic resumed it.
     pub end_at: Option<Option<Timestamp>>,
+    /// Set when it was said what becomes of it at its end.
+    pub pause_at_end: Option<bool>,
 }
 
 /// Which sandboxes to list.
@@ -182,6 +184,11 @@ fn read(row: &SqliteRow) -> Result<SandboxRow, StoreError> {
     })
 }
 
+/// The word of the column.
+fn on_timeout(pause_at_end: bool) -> &'static str {
+    if pause_at_end { PAUSE } else { KILL }
+}
+
 /// JSON text of strings; such a map or list always has one.
 pub(crate) fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
@@ -219,7 +226,7 @@ async fn insert(
     .bind(i64::from(new.secure))
     .bind(i64::from(new.allow_internet))
     .bind(now.unix_ms())
-    .bind(if new.pause_at_end { PAUSE } else { KILL })
+    .bind(on_timeout(new.pause_at_end))
     .bind(i64::from(new.auto_resume))
     .bind(new.name)
     .fetch_optional(&mut **tx)
@@ -377,7 +384,8 @@ impl Store {
                  vcpus = coalesce($11, vcpus),
                  memory_mib = coalesce($12, memory_mib),
                  envd_version = coalesce($13, envd_version),
-                 end_at = CASE WHEN $14 THEN $15 ELSE end_at END
+                 end_at = CASE WHEN $14 THEN $15 ELSE end_at END,
+                 on_timeout = coalesce($16, on_timeout)
              WHERE id = $1 AND state = $2 AND generation = $3 RETURNING *",
         )
         .bind(from.id.uuid().to_string())
@@ -395,6 +403,7 @@ impl Store {
         .bind(change.envd_version)
         .bind(change.end_at.is_some())
         .bind(change.end_at.flatten().map(Timestamp::unix_ms))
+        .bind(change.pause_at_end.map(on_timeout))
         .fetch_optional(self.writer())
         .await
         .map_err(StoreError::doing("changing a sandbox's state"))?;

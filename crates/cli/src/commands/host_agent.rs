@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::oneshot;
+use wrenn_host::HostAgent;
 use wrenn_host::remote::Listener;
 use wrenn_types::AccessToken;
 
@@ -18,13 +19,14 @@ use crate::args::HostArgs;
 use crate::error::{Failure, require_root};
 use crate::exit::Exit;
 use crate::host_address::HostAddress;
-use crate::output::{sandboxes, with_spinner};
+use crate::output::{Printer, sandboxes, with_spinner};
+use crate::settings::{HostAgentSettings, OnStop};
 use crate::signals::Signals;
 
 /// Options of `wrenn host-agent`.
 ///
-/// Sandboxes run on when it ends, and the next one takes them over; `wrenn drain --pause`
-/// empties the host before.
+/// Unless `--on-stop` says otherwise sandboxes run on when it ends, and the next one takes them
+/// over; `wrenn drain --pause` empties the host before.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct Args {
     /// Where to listen for a control plane: a socket, or an address of the loopback interface [env: WRENN_HOST_LISTEN] [default: host-agent/agent.sock in the data folder]
@@ -32,6 +34,9 @@ pub(crate) struct Args {
     pub(crate) listen: Option<HostAddress>,
     #[command(flatten)]
     pub(crate) host_args: HostArgs,
+    /// What becomes of the sandboxes when the agent is told to end [env: WRENN_HOST_ON_STOP] [default: keep]
+    #[arg(long, value_name = "WHAT")]
+    pub(crate) on_stop: Option<OnStop>,
 }
 
 /// Runs until a signal comes.
@@ -39,7 +44,10 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     require_root("running sandboxes")?;
     let Context { settings, printer } = context;
     let host = settings.host(&args.host_args, &crate::environment)?;
-    let address = settings.host_agent_listen(args, &crate::environment)?;
+    let HostAgentSettings {
+        listen: address,
+        on_stop,
+    } = settings.host_agent(args, &crate::environment)?;
     let mut signals = Signals::listen().map_err(|e| Failure::from_error(&e))?;
     // Before anything that takes its time: a control plane may be looking for it.
     let place = place(&address, &settings.data_dir)?;
@@ -64,6 +72,8 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
             },
             _ = signals.next() => Ok(Exit::Ok),
         };
+        // While it still answers, so that its control plane is told.
+        leave(&agent, on_stop, printer, signals.next()).await;
         drop(stop);
         outcome
     };
@@ -79,6 +89,51 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
         ));
     }
     outcome
+}
+
+/// Does to the sandboxes what is to become of them. `impatient` completes when somebody does not
+/// want to wait for it; then what was not reached runs on.
+async fn leave(
+    agent: &HostAgent,
+    on_stop: OnStop,
+    printer: &Printer,
+    impatient: impl Future<Output = u8>,
+) {
+    let work = async {
+        let (what, all) = match on_stop {
+            OnStop::Keep => return,
+            OnStop::Pause => {
+                let work = agent.pause_all();
+                (
+                    "paused",
+                    with_spinner(printer, "pausing the sandboxes", work).await,
+                )
+            }
+            OnStop::Destroy => {
+                let work = agent.destroy_all();
+                (
+                    "ended",
+                    with_spinner(printer, "ending the sandboxes", work).await,
+                )
+            }
+        };
+        if !all.done.is_empty() {
+            printer.note(format!("{what} {}", sandboxes(all.done.len())));
+        }
+        for (id, error) in &all.failed {
+            let error = Failure::from_error(error);
+            printer.warn(format!(
+                "{id} could not be {what} and runs on: {}",
+                error.lines().0
+            ));
+        }
+    };
+    tokio::select! {
+        () = work => {}
+        signal = impatient => {
+            printer.warn(format!("told to end again (signal {signal}): what was not reached runs on"));
+        }
+    }
 }
 
 /// Where it listens, with what it asks for there.

@@ -54,6 +54,34 @@ impl Ground {
         })
     }
 
+    /// Makes it there, with copies of images and templates: on another file system.
+    pub(crate) fn lay_at(settings: &Settings, folder: PathBuf) -> Result<Ground, Failure> {
+        let copy = || -> io::Result<()> {
+            fs::create_dir(&folder)?;
+            for part in ["images", "templates"] {
+                // A root file system and a memory are holes mostly.
+                let copied = std::process::Command::new("cp")
+                    .args(["--archive", "--sparse=always"])
+                    .arg(settings.data_dir.join(part))
+                    .arg(&folder)
+                    .status()?;
+                if !copied.success() {
+                    return Err(io::Error::other(format!("cp ended with {copied}")));
+                }
+            }
+            Ok(())
+        };
+        copy().map_err(|error| {
+            Failure::message(format!("cannot prepare {}: {error}", folder.display()))
+        })?;
+        Ok(Ground {
+            settings: settings.of_server_in(&folder),
+            folder,
+            args: Vec::new(),
+            envs: Vec::new(),
+        })
+    }
+
     /// The data folder.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
@@ -121,12 +149,16 @@ impl Ground {
         }
     }
 
-    /// With the end of the servers' log.
-    fn failed(&self, what: String) -> Failure {
+    /// The last so many lines of the servers' log.
+    pub(crate) fn end_of_log(&self, lines: usize) -> String {
         let log = fs::read_to_string(self.folder.join("log")).unwrap_or_default();
-        let mut last: Vec<_> = log.lines().rev().take(5).collect();
+        let mut last: Vec<_> = log.lines().rev().take(lines).collect();
         last.reverse();
-        Failure::message(format!("{what}\n{}", last.join("\n")))
+        last.join("\n")
+    }
+
+    fn failed(&self, what: String) -> Failure {
+        Failure::message(format!("{what}\n{}", self.end_of_log(5)))
     }
 
     fn wrenn(&self, args: &[&str]) -> Result<Command, Failure> {

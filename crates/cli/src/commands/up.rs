@@ -42,7 +42,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WHAT")]
     pub(crate) on_stop: Option<OnStop>,
     /// Direct the agent that `wrenn host-agent` runs at this socket or address, and run none in this process [env: WRENN_HOST]
-    #[arg(long, value_name = "PATH|ADDRESS:PORT", conflicts_with_all = ["vmm", "accelerator", "pool_size", "expected_use", "guest_bandwidth", "guest_connections"])]
+    #[arg(long, value_name = "PATH|ADDRESS:PORT", conflicts_with_all = ["vmm", "accelerator", "pool_size", "expected_use", "guest_bandwidth", "guest_connections", "guest_disk_bandwidth", "guest_disk_iops"])]
     pub(crate) host: Option<HostAddress>,
     /// File with the token of an agent at an address [env: WRENN_HOST_TOKEN_FILE] [default: host-token in the data folder]
     #[arg(long, value_name = "FILE")]

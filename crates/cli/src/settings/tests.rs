@@ -1,6 +1,7 @@
 //! Of flag, variable, file and default the first that says something counts.
 
 use super::*;
+use crate::commands::host_agent;
 
 fn environment(pairs: &'static [(&'static str, &'static str)]) -> impl Fn(&str) -> Option<String> {
     move |name| {
@@ -240,13 +241,14 @@ fn every_setting_is_documented_with_its_flag_variable_and_key() {
 #[test]
 fn each_of_the_servers_settings_has_three_places() {
     let file = "[up]\non_stop = 'pause'\nhost = '/file.sock'\nhost_token_file = '/file'\n\
-                [host_agent]\nlisten = '/file.sock'\n";
+                [host_agent]\nlisten = '/file.sock'\non_stop = 'destroy'\n";
     let (_folder, flags) = config(file);
     let env = environment(&[
         ("WRENN_ON_STOP", "destroy"),
         ("WRENN_HOST", "127.0.0.1:3100"),
         ("WRENN_HOST_TOKEN_FILE", "/variable"),
         ("WRENN_HOST_LISTEN", "/variable.sock"),
+        ("WRENN_HOST_ON_STOP", "pause"),
         ("WRENN_LOG", "debug"),
     ]);
     let socket = |path: &str| HostAddress::Socket(PathBuf::from(path));
@@ -283,13 +285,17 @@ fn each_of_the_servers_settings_has_three_places() {
         )
     );
     let mut agent = host_agent::Args::default();
-    let listen = |agent: &host_agent::Args, env: Environment<'_>| {
-        settings.host_agent_listen(agent, env).unwrap()
+    let merged = |agent: &host_agent::Args, env: Environment<'_>| {
+        let merged = settings.host_agent(agent, env).unwrap();
+        (merged.listen, merged.on_stop)
     };
-    assert_eq!(listen(&agent, &|_| None), socket("/file.sock"));
-    assert_eq!(listen(&agent, &env), socket("/variable.sock"));
+    let in_file = (socket("/file.sock"), OnStop::Destroy);
+    assert_eq!(merged(&agent, &|_| None), in_file);
+    let in_variables = (socket("/variable.sock"), OnStop::Pause);
+    assert_eq!(merged(&agent, &env), in_variables);
     agent.listen = Some(socket("/flag.sock"));
-    assert_eq!(listen(&agent, &env), socket("/flag.sock"));
+    agent.on_stop = Some(OnStop::Keep);
+    assert_eq!(merged(&agent, &env), (socket("/flag.sock"), OnStop::Keep));
 
     let mut flags = flags;
     let log = |flags: &GlobalArgs, env| Settings::resolve(flags, env).unwrap().log;

@@ -36,7 +36,7 @@ pub(crate) use fork::Fork;
 pub(crate) use history::EVENTS_KEEP_SECS;
 pub(crate) use info::{DEFAULT_TEMPLATE, template_name};
 pub(crate) use keys::NewApiKey;
-pub(crate) use moves::{Certificate, Moved};
+pub(crate) use moves::{Certificate, Moved, Resume};
 pub(crate) use sandboxes::{Destroyed, Sandbox};
 pub(crate) use snapshots::{ListedTemplate, Take, TemplateKey, TemplateKind};
 

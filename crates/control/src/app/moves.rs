@@ -41,6 +41,17 @@ pub(crate) struct Moved {
     pub(crate) certificate: Option<Certificate>,
 }
 
+/// How a paused sandbox is to run again.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Resume {
+    /// It ends so many seconds from now; `None`: as it was.
+    pub(crate) secs: Option<u32>,
+    /// It is booted from its disk, and what memory it has is dropped.
+    pub(crate) boot: bool,
+    /// From now on it is paused at its end; else what becomes of it then stays as it was.
+    pub(crate) pause_at_end: bool,
+}
+
 pub(super) fn phases(given: &[wire::Phase]) -> Vec<Phase> {
     let phase = |phase: &wire::Phase| Phase {
         name: phase.name.clone(),
@@ -144,15 +155,15 @@ impl App {
         .await
     }
 
-    /// Restores a paused sandbox, or boots it from its disk; with `secs`, it then ends so many
-    /// seconds from now. One that runs stays as it is.
+    /// Restores a paused sandbox, or boots it from its disk. One that runs stays as it is, but for
+    /// its end.
     pub(crate) async fn resume(
         self: &Arc<Self>,
         team: TeamId,
         id: SandboxId,
-        secs: Option<u32>,
-        boot: bool,
+        resume: Resume,
     ) -> Result<Moved, Failure> {
+        let secs = resume.secs;
         let sandbox = self.get(team, id).await?;
         match sandbox.row.state {
             SandboxState::Running | SandboxState::Snapshotting => {
@@ -178,7 +189,8 @@ impl App {
             lifetime: end_at
                 .map(|end_at| lifetime(idle, Some(end_at)))
                 .map_or_else(Default::default, Into::into),
-            boot,
+            boot: resume.boot,
+            pause_at_end: resume.pause_at_end,
             ..Default::default()
         };
         let app = Arc::clone(self);
@@ -211,9 +223,11 @@ impl App {
         let end_at = until
             .filter(|lifetime| lifetime.end_at_unix_ms != 0)
             .map(|lifetime| Timestamp::from_unix_ms(lifetime.end_at_unix_ms));
+        let pause_at_end = given.as_ref().map(|given| given.pause_at_end);
         let live = live(given)?;
         let change = Change {
             end_at: Some(end_at),
+            pause_at_end,
             ..Change::default()
         };
         let row = self.step(&moving, SandboxState::Running, change).await?;

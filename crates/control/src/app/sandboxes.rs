@@ -405,5 +405,6 @@ pub(super) fn started(live: &HostSandbox, host: Option<wrenn_types::HostId>) -> 
         shape: (live.shape.vcpus.0 > 0).then_some(live.shape),
         envd_version: Some(live.envd_version.clone()),
         end_at: None,
+        pause_at_end: None,
     }
 }

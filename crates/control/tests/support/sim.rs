@@ -389,6 +389,7 @@ impl HostService for Service {
             access_token: "token-of-envd".into(),
             envd_version: "0.6.13".into(),
             secure: request.secure,
+            pause_at_end: request.pause_at_end,
             allow_internet: request.allow_internet,
             allow_out: request.allow_out.clone(),
             deny_out: request.deny_out.clone(),
@@ -565,6 +566,7 @@ impl HostService for Service {
         if let Some(lifetime) = request.lifetime.into_option() {
             sandbox.lifetime = lifetime.into();
         }
+        sandbox.pause_at_end |= request.pause_at_end;
         self.0
             .sandboxes
             .lock()

@@ -110,9 +110,15 @@ const CHECK_CGROUPS: &str = "check-cgroups";
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(CHECK_CGROUPS) {
         let runtime = Runtime::new().expect("a runtime");
-        return match runtime.block_on(wrenn_host::cgroups::self_check()) {
-            Ok(version) => {
-                eprintln!("{version}");
+        let checked = async {
+            let version = wrenn_host::cgroups::self_check().await?;
+            let folder = std::env::current_dir().map_err(|error| error.to_string())?;
+            let disk = wrenn_host::cgroups::disk_self_check(&folder).await?;
+            Ok::<_, String>(format!("{version}; disk {disk:?}"))
+        };
+        return match runtime.block_on(checked) {
+            Ok(seen) => {
+                eprintln!("{seen}");
                 ExitCode::SUCCESS
             }
             Err(why) => {

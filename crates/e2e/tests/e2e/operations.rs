@@ -156,6 +156,10 @@ struct HostAgent {
 
 impl HostAgent {
     fn start(data_dir: &Path, listen: &str) -> HostAgent {
+        HostAgent::start_with(data_dir, listen, &[])
+    }
+
+    fn start_with(data_dir: &Path, listen: &str, args: &[&str]) -> HostAgent {
         let log = data_dir.join("host-agent.log");
         let file = fs::File::options().create(true).append(true).open(&log);
         let file = file.expect("a log file");
@@ -165,6 +169,7 @@ impl HostAgent {
             .arg(wrenn_binary())
             .args(["host-agent", "--listen", listen, "--data-dir"])
             .arg(data_dir)
+            .args(args)
             .env("XDG_CONFIG_HOME", "/nonexistent")
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
@@ -184,12 +189,13 @@ impl HostAgent {
         self.child.wait().expect("its end");
     }
 
-    /// Told to end, and gone.
-    fn end(mut self) {
+    /// Told to end, and gone. What it has said.
+    fn end(mut self) -> String {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, Signal::TERM).expect("a signal to our own child");
         let status = self.child.wait().expect("its end");
         assert!(status.success(), "{status}\n{}", self.said());
+        self.said()
     }
 
     fn said(&self) -> String {
@@ -308,6 +314,32 @@ pub(crate) async fn g02_agent_and_control_plane_are_killed_apart_and_lose_nothin
         assert_eq!(answer.status(), 401);
     }
 
+    // An agent that is to pause all when it ends does so, and its control plane learns of it.
+    agent.end();
+    let agent = HostAgent::start_with(data, &address, &["--on-stop", "pause"]);
+    eventually("it is taken over", Duration::from_secs(60), || async {
+        page(&server, &id).await
+    })
+    .await;
+    let said = agent.end();
+    assert!(said.contains("paused 1 sandbox\n"), "{said}");
+    let agent = HostAgent::start_with(data, &address, &["--on-stop", "destroy"]);
+    eventually("it is told", Duration::from_secs(60), || async {
+        (status(&server, &id).await == "paused").then_some(())
+    })
+    .await;
+    let api = server.api();
+    let resume = format!("/v1/sandboxes/{id}/resume");
+    api.post(&resume, &json!({})).await.expect(200);
+    same_machine(&server).await;
+
+    let said = agent.end();
+    assert!(said.contains("ended 1 sandbox\n"), "{said}");
+    let agent = HostAgent::start_with(data, &address, &[]);
+    eventually("it is told", Duration::from_secs(60), || async {
+        (status(&server, &id).await == "stopped").then_some(())
+    })
+    .await;
     server.destroy().await;
     agent.end();
     HostState::read(data, None).expect_nothing_alive();

@@ -172,7 +172,7 @@ fn monitor_of(folder: &Path) -> Pid {
 pub(crate) async fn g02_g03_chaos_loses_nothing(data_dir: &Path) {
     let mut args = vec!["chaos"];
     if std::env::var_os("WRENN_TEST_LONG").is_none() {
-        args.extend(["--sample", "8", "--seed", "4"]);
+        args.extend(["--sample", "12", "--seed", "4"]);
     }
     let tried = Cli::new(data_dir).run(&args).await.expect_code(0);
     println!("{}", tried.stdout);

@@ -40,12 +40,22 @@ pub fn new_folder(machines: &Path, uid: u32) -> Result<PathBuf, MachineError> {
         std::fs::DirBuilder::new().mode(0o700).create(&vm)?;
         std::os::unix::fs::chown(&vm, Some(uid), Some(uid))
     };
-    make().map_err(|source| MachineError::File {
-        action: "make",
-        path: folder.clone(),
-        source,
-    })?;
-    Ok(folder)
+    match make() {
+        Ok(()) => Ok(folder),
+        Err(source) => {
+            // On a full disk it is there without the VM's part.
+            if let Err(error) = std::fs::remove_dir_all(&folder)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::error!(folder = %folder.display(), %error, "half a machine's folder stays");
+            }
+            Err(MachineError::File {
+                action: "make",
+                path: folder,
+                source,
+            })
+        }
+    }
 }
 
 /// Removes a machine's folder; it is no error when it is gone.
@@ -64,14 +74,22 @@ pub async fn remove_folder(folder: &Path) -> Result<(), MachineError> {
 pub fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(value)?;
     let temporary = folder.join(format!(".{name}.new"));
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)?;
-    file.write_all(&text)?;
-    std::fs::rename(&temporary, folder.join(name))
+    let write = || {
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
+        file.write_all(&text)?;
+        std::fs::rename(&temporary, folder.join(name))
+    };
+    let written = write();
+    if written.is_err() {
+        // On a full disk it is there and empty. That it was not written is what is told.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written
 }
 
 /// Reads `folder/name`; `None` when there is no such file. Damage is an error that names it.

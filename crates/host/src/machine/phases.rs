@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Signal, getpid, kill_process};
+
 /// Where the time of an operation went, in order.
 #[derive(Debug, Default, Clone)]
 pub struct Phases(pub Vec<(&'static str, Duration)>);
@@ -20,8 +22,9 @@ impl Phases {
 
 static CRASH_FILE: OnceLock<PathBuf> = OnceLock::new();
 
-/// From now on this process kills itself at the end of the step whose name this file holds; as
-/// long as there is no such file nothing happens. For tests of what a crash leaves.
+/// From now on this process kills itself at the end of the step whose name this file holds, or
+/// with `hold ` before the name stops itself there until it is continued; as long as there is no
+/// such file nothing happens. For tests of what a crash leaves, and a disk that is full just then.
 pub fn crash_by(file: PathBuf) {
     // Set once, at the start of a process.
     let _ = CRASH_FILE.set(file);
@@ -32,12 +35,16 @@ pub fn reached(step: &str) {
     let Some(file) = CRASH_FILE.get() else {
         return;
     };
-    if std::fs::read_to_string(file).is_ok_and(|wanted| wanted.trim() == step) {
+    let wanted = std::fs::read_to_string(file).unwrap_or_default();
+    let (signal, wanted, arrives_within) = match wanted.trim().strip_prefix("hold ") {
+        Some(wanted) => (Signal::STOP, wanted, Duration::from_millis(100)),
+        None => (Signal::KILL, wanted.trim(), Duration::from_secs(60)),
+    };
+    if wanted == step {
         // Once: whoever comes after this process goes on.
         let _ = std::fs::remove_file(file);
-        let myself = rustix::process::getpid();
-        let _ = rustix::process::kill_process(myself, rustix::process::Signal::KILL);
+        let _ = kill_process(getpid(), signal);
         // The signal is on its way, and nothing may be done until it is there.
-        std::thread::sleep(Duration::from_secs(60));
+        std::thread::sleep(arrives_within);
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use connectrpc::ConnectError;
 use wrenn_snapshot::{Snapshot, SnapshotError, SnapshotId};
+use wrenn_types::SandboxState;
 use wrenn_wire::wrenn::host::v1 as rpc;
 
 use super::sandboxes::{phases, sandbox};
@@ -113,10 +114,15 @@ impl HostRpc {
     ) -> Result<rpc::ResumeSandboxResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
         self.admit_start_of(&handle)?;
+        let view = handle.view();
+        if let (SandboxState::Paused, Some(about)) = (view.state, view.about) {
+            self.0.manager.make_room(about.shape).await;
+        }
         let resume = Resume {
             lifetime: request.lifetime.as_option().map(Lifetime::from),
             actor: Actor::Request,
             boot: request.boot,
+            pause_at_end: request.pause_at_end,
         };
         let done = handle.resume(resume).await?;
         Ok(rpc::ResumeSandboxResponse {

@@ -16,7 +16,7 @@ use crate::activity::{Activity, InUse};
 use crate::events::Actor;
 use crate::guest::{Guest, Restored};
 use crate::lifetime::Lifetime;
-use crate::machine::{LiveMachine, Phases, Record};
+use crate::machine::{LiveMachine, Phases, Record, name_of};
 use crate::metrics::Series;
 use crate::snapshots::Scope;
 
@@ -129,6 +129,8 @@ pub struct Resume {
     pub actor: Actor,
     /// It is booted from its disk, and what memory it has is dropped.
     pub boot: bool,
+    /// From now on it is paused when its time is over; else that stays as it was.
+    pub pause_at_end: bool,
 }
 
 impl Resume {
@@ -138,6 +140,7 @@ impl Resume {
             lifetime: None,
             actor,
             boot: false,
+            pause_at_end: false,
         }
     }
 }
@@ -190,6 +193,8 @@ pub struct Live {
     pub vm: Arc<dyn Machine>,
     /// Its network slot's number.
     pub slot: u32,
+    /// The name of its control group.
+    pub group: String,
     /// How it came to run; without phases for an adopted one.
     pub certificate: Certificate,
 }
@@ -201,6 +206,7 @@ impl Live {
             dialer: machine.slot.guest(),
             vm: machine.vm.clone(),
             slot: machine.record.slot,
+            group: name_of(&machine.folder),
             certificate,
         }
     }

@@ -92,7 +92,7 @@ impl Registry {
 
 /// All sandboxes of this host.
 pub struct Manager {
-    common: Arc<Common>,
+    pub(super) common: Arc<Common>,
     registry: Arc<Mutex<Registry>>,
 }
 
@@ -113,6 +113,7 @@ impl Manager {
     /// goes away.
     pub async fn create(&self, create: CreateSandbox) -> Result<Arc<Handle>, SandboxError> {
         let id = create.id;
+        self.make_room(create.shape.unwrap_or(Shape::DEFAULT)).await;
         let begun = self.begin(create)?;
         match begun {
             Begun::There(handle) => {
@@ -134,9 +135,16 @@ impl Manager {
         }
     }
 
-    /// Whether anything is started at all: a host that drains starts nothing, and wakes nothing
-    /// that is paused.
+    /// Whether anything is started at all: a host that drains, or whose agent is ending, starts
+    /// nothing and wakes nothing that is paused.
     pub fn admit(&self) -> Result<(), SandboxError> {
+        self.admit_by(&self.registry())
+    }
+
+    fn admit_by(&self, registry: &Registry) -> Result<(), SandboxError> {
+        if registry.closed {
+            return Err(SandboxError::Ending);
+        }
         match self.common.drain.since() {
             Some(_) => Err(SandboxError::Draining),
             None => Ok(()),
@@ -153,10 +161,7 @@ impl Manager {
         if let Some(handle) = there {
             return Ok(Begun::There(handle.clone()));
         }
-        if registry.closed {
-            return Err(SandboxError::Ending);
-        }
-        self.admit()?;
+        self.admit_by(&registry)?;
         let shape = create.shape.unwrap_or(Shape::DEFAULT);
         let config = &self.common.site.config;
         capacity::admit(shape, config.expected_use_percent, &config.data_dir)?;
@@ -413,6 +418,11 @@ impl Manager {
             .collect()
     }
 
+    /// Those alive.
+    pub(super) fn living(&self) -> Vec<Arc<Handle>> {
+        self.registry().alive.values().cloned().collect()
+    }
+
     /// How many are alive.
     pub fn alive(&self) -> usize {
         self.registry().alive.len()
@@ -427,17 +437,6 @@ impl Manager {
     /// Starts nothing new from now on.
     pub fn close(&self) {
         self.registry().closed = true;
-    }
-
-    /// Ends all of them, side by side.
-    pub async fn destroy_all(&self) {
-        let handles: Vec<_> = self.registry().alive.values().cloned().collect();
-        let ends = handles.iter().map(|handle| async move {
-            if let Err(error) = handle.destroy().await {
-                tracing::warn!(sandbox = %handle.id, %error, "could not be ended");
-            }
-        });
-        futures::future::join_all(ends).await;
     }
 
     /// Opens a connection to a port of a running sandbox. It counts as use from now until

@@ -1,6 +1,7 @@
 //! Sandboxes: one owner task each, found through the manager.
 
 mod death;
+mod everything;
 mod handle;
 mod journal;
 mod manager;
@@ -8,9 +9,11 @@ mod merging;
 mod network;
 mod owner;
 mod paused;
+mod room;
 mod transitions;
 
 pub use death::cpu_ms;
+pub use everything::Everything;
 pub use handle::{Certificate, Handle, Live, Order, Resume};
 pub use journal::Journal;
 pub use manager::{CreateSandbox, Manager};

@@ -415,18 +415,24 @@ impl Owner {
                     }
                     let _ = answer.send(kept);
                 }
-                Some(Request::Resume(resume, answer)) => match self.resume(&paused, resume).await {
-                    Ok((machine, journal, resumed)) => {
-                        self.happened(Kind::Resumed, resume.actor, None);
-                        let _ = answer.send(Ok(resumed));
-                        return Next::Continue(Body::Live(Box::new((machine, journal))));
+                Some(Request::Resume(resume, answer)) => {
+                    let asked = match resume.pause_at_end {
+                        true => paused.to_pause_again(),
+                        false => paused.clone(),
+                    };
+                    match self.resume(&asked, resume).await {
+                        Ok((machine, journal, resumed)) => {
+                            self.happened(Kind::Resumed, resume.actor, None);
+                            let _ = answer.send(Ok(resumed));
+                            return Next::Continue(Body::Live(Box::new((machine, journal))));
+                        }
+                        Err(error) => {
+                            tracing::error!(sandbox = %self.id, error = %chain(&error), "could not be resumed; it stays paused");
+                            self.show_paused(&paused);
+                            let _ = answer.send(Err(error));
+                        }
                     }
-                    Err(error) => {
-                        tracing::error!(sandbox = %self.id, error = %chain(&error), "could not be resumed; it stays paused");
-                        self.show_paused(&paused);
-                        let _ = answer.send(Err(error));
-                    }
-                },
+                }
                 Some(Request::Rollback(id, answer)) => {
                     match self.roll_back_paused(&paused, id).await {
                         Ok(back) => {

@@ -80,6 +80,13 @@ impl Paused {
         }
     }
 
+    /// The same, to be paused again when its time is over.
+    pub fn to_pause_again(&self) -> Paused {
+        let mut paused = self.clone();
+        paused.journal.pause_at_end = true;
+        paused
+    }
+
     /// Makes it last: from now on the sandbox is paused.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         let name = file_name(self.journal.sandbox);

@@ -19,10 +19,12 @@ use super::message::{
     AAAA, ANY, HTTPS, NO_ERROR, NO_SUCH_NAME, NOT_IMPLEMENTED, Query, SVCB, TRUNCATED,
 };
 use crate::config::GUEST_ADDR;
+use crate::denials::Reason;
 use crate::egress::{NetworkPolicy, Resolves};
 use crate::netlink::Socket;
 use crate::notice::Followed;
 use crate::policy::NAME_KEPT;
+use crate::refused::Refusals;
 use crate::route;
 
 /// Addresses opened for one answer; no honest name has more.
@@ -36,14 +38,16 @@ const NOWHERE: u16 = 9;
 pub(super) struct Guard {
     notice: Followed,
     openings: Arc<UdpSocket>,
+    refusals: Refusals,
     host: HostAddrs,
 }
 
 impl Guard {
-    pub(super) fn new(notice: File, openings: UdpSocket) -> Self {
+    pub(super) fn new(notice: File, openings: UdpSocket, refused: File) -> Self {
         Self {
             notice: Followed::new(notice),
             openings: Arc::new(openings),
+            refusals: Refusals::new(refused),
             host: HostAddrs::default(),
         }
     }
@@ -52,6 +56,7 @@ impl Guard {
         Ok(Self {
             notice: self.notice.try_clone()?,
             openings: Arc::clone(&self.openings),
+            refusals: self.refusals.clone(),
             host: HostAddrs::default(),
         })
     }
@@ -61,7 +66,9 @@ impl Guard {
         let Some(notice) = self.notice.current() else {
             return Some(query.failure());
         };
-        if !may_ask(&notice.policy, &query.name()) {
+        let name = query.name();
+        if !may_ask(&notice.policy, &name) {
+            note(&self.refusals, query, &name, why_not(&notice.policy));
             // Final, unlike a refusal, which programs take for a resolver in trouble.
             return Some(query.result(NO_SUCH_NAME));
         }
@@ -83,6 +90,7 @@ impl Guard {
         let name = query.name();
         // The policy may be another one by now.
         if !may_ask(&notice.policy, &name) {
+            note(&self.refusals, query, &name, why_not(&notice.policy));
             return query.result(NO_SUCH_NAME);
         }
         let truncated = answer.get(2).is_some_and(|flags| flags & TRUNCATED != 0);
@@ -94,7 +102,11 @@ impl Guard {
             };
         };
         let host = self.host.current();
-        let mut answer = answer.without(|addr| notice.is_closed(addr) || host.contains(&addr));
+        let closed = |addr: Ipv4Addr| notice.is_closed(addr) || host.contains(&addr);
+        if answer.addrs().any(closed) {
+            note(&self.refusals, query, &name, Reason::Forbidden);
+        }
+        let mut answer = answer.without(closed);
         if allows(&notice.policy, &name) {
             answer.live_at_most(NAME_KEPT);
             for addr in answer.addrs().take(MOST_OPENED) {
@@ -102,6 +114,22 @@ impl Guard {
             }
         }
         answer.into_bytes()
+    }
+}
+
+/// Notes that a name was refused, or some of its addresses.
+fn note(refusals: &Refusals, query: &Query, name: &str, reason: Reason) {
+    // These are asked beside the IPv4 address of the same name, which would count twice.
+    if !matches!(query.kind(), AAAA | SVCB | HTTPS) {
+        refusals.note(name, reason);
+    }
+}
+
+/// Why a name may not be asked for.
+fn why_not(policy: &NetworkPolicy) -> Reason {
+    match policy.internet {
+        true => Reason::Denied,
+        false => Reason::InternetOff,
     }
 }
 

@@ -8,7 +8,8 @@
 //! and both the queries in flight and the TCP connections are bounded.
 //!
 //! It resolves no more than the sandbox's policy allows ([`guard`]): only names on the allow list
-//! where nothing else is open, never an address that no guest may reach.
+//! where nothing else is open, never an address that no guest may reach. What it refuses it notes
+//! for the agent ([`crate::refused`]).
 
 mod answer;
 mod guard;
@@ -36,6 +37,8 @@ pub struct RelayFiles {
     pub(crate) openings: UdpSocket,
     /// What is in force, for reading.
     pub(crate) notice: File,
+    /// Where names that are refused are noted, for writing.
+    pub(crate) refused: File,
 }
 
 impl RelayFiles {
@@ -46,17 +49,19 @@ impl RelayFiles {
             self.tcp.into(),
             self.openings.into(),
             self.notice.into(),
+            self.refused.into(),
         ]
     }
 
     /// Takes the descriptors back. `None` if they are not as many.
     pub fn from_descriptors(descriptors: Vec<OwnedFd>) -> Option<Self> {
-        let [udp, tcp, openings, notice] = <[OwnedFd; 4]>::try_from(descriptors).ok()?;
+        let [udp, tcp, openings, notice, refused] = <[OwnedFd; 5]>::try_from(descriptors).ok()?;
         Some(Self {
             udp: udp.into(),
             tcp: tcp.into(),
             openings: openings.into(),
             notice: notice.into(),
+            refused: refused.into(),
         })
     }
 }
@@ -72,8 +77,9 @@ pub fn serve(files: RelayFiles, upstreams: Upstreams) -> io::Error {
         tcp,
         openings,
         notice,
+        refused,
     } = files;
-    let guard = Guard::new(notice, openings);
+    let guard = Guard::new(notice, openings, refused);
     let for_tcp = match guard.try_clone() {
         Ok(guard) => (guard, upstreams.clone()),
         Err(error) => return error,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use serde_json::json;
 
+use super::machine;
 use super::report::{self, Phase, Unit, load_average};
 use crate::args::OutputArgs;
 use crate::client::{Client, CreateRequest};
@@ -26,8 +27,8 @@ const TARGET_ADOPTION: f64 = 2000.0;
 const TARGET_AGENT: f64 = (40 << 20) as f64;
 /// Creates under way at once.
 const AT_ONCE: usize = 4;
-/// A host is idle once its creates have died away.
-const SETTLE: Duration = Duration::from_secs(5);
+/// A host is idle once its creates have died away, and what they freed was given back.
+const SETTLE: Duration = Duration::from_secs(25);
 /// Restarts that are measured.
 const RESTARTS: usize = 3;
 
@@ -112,7 +113,8 @@ async fn measure(
         fill(&server.client, args.idle - args.adopt, &mut journal).await?;
     }
     tokio::time::sleep(SETTLE).await;
-    let agent = resident(server.pid()?)?;
+    let memory = Memory::of(server.pid()?)?;
+    let keepers = machine::keepers(ground.folder()).map_err(|e| Failure::from_error(&e))?;
     server.kill().await?;
     let phase = |name: String, values, target| Phase::new(name, Unit::Milliseconds, values, target);
     phases.extend([
@@ -134,9 +136,17 @@ async fn measure(
                 args.idle.max(args.adopt)
             ),
             Unit::Bytes,
-            vec![agent as f64],
+            vec![memory.resident],
             Some(TARGET_AGENT),
         ),
+        Phase::new("  of it, its own", Unit::Bytes, vec![memory.own], None),
+        Phase::new(
+            "  of it, its program file",
+            Unit::Bytes,
+            vec![memory.resident - memory.own],
+            None,
+        ),
+        Phase::new("a keeper's own memory", Unit::Bytes, keepers, None),
     ]);
     let vmm = format!("{} {}", host.vmm, host.vmm_version);
     Ok((phases, (vmm, host.accelerator)))
@@ -155,14 +165,29 @@ async fn fill(client: &Client, count: u32, journal: &mut Vec<f64>) -> Result<(),
     Ok(())
 }
 
-/// Memory of a process in bytes, what it shares included.
-fn resident(pid: u32) -> Result<u64, Failure> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"));
-    let status = status.map_err(|e| Failure::from_error(&e))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.map(|kib| kib << 10)
-        .ok_or_else(|| Failure::message("/proc/PID/status is not as proc(5) says"))
+/// Memory of a process in bytes.
+struct Memory {
+    /// All that is mapped, files included, which other processes share.
+    resident: f64,
+    /// What no file is behind.
+    own: f64,
+}
+
+impl Memory {
+    fn of(pid: u32) -> Result<Memory, Failure> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"));
+        let status = status.map_err(|e| Failure::from_error(&e))?;
+        let bytes = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+            kib.map(|kib| (kib << 10) as f64)
+                .ok_or_else(|| Failure::message("/proc/PID/status is not as proc(5) says"))
+        };
+        Ok(Memory {
+            resident: bytes("VmRSS:")?,
+            own: bytes("RssAnon:")?,
+        })
+    }
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -110,6 +110,20 @@ fn cpu_ticks(stat: &str) -> Option<u64> {
     Some(user + system)
 }
 
+/// Bytes of memory that the keeper of each machine of a data folder has for itself: it serves
+/// the sandbox's resolver, too.
+pub(super) fn keepers(data_dir: &Path) -> io::Result<Vec<f64>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(data_dir.join("machines"))? {
+        let machine = fs::read(entry?.path().join("vm/machine.json"))?;
+        let machine: Machine = serde_json::from_slice(&machine)?;
+        let pid = machine.pids.keeper.pid;
+        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        found.push(private_bytes(&rollup) as f64);
+    }
+    Ok(found)
+}
+
 /// A template's manifest, as far as it is needed here.
 #[derive(Debug, Deserialize)]
 struct Manifest {

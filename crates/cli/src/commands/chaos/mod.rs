@@ -1,12 +1,15 @@
-//! `wrenn chaos`: kills this very program and its machines at every step of every operation, and
-//! looks whether anything was lost, is left, or is not as it is said to be.
+//! `wrenn chaos`: kills this very program and its machines at every step of every operation, has
+//! its disk be full or slow, and looks whether anything was lost, is left, or is not as it is said
+//! to be.
 //!
 //! ```text
-//! for each case: a server of its own ─ sandbox ─ operation ✝ at a step ─▶ next server
+//! for each case: a server of its own ─ sandbox ─ operation ✝ at a step ─▶ next server, or on a
+//!                                                                        │ disk with room
 //!                                                                        │
 //!      the sandbox is what it was, another goes on counting, nothing is left ◀┘
 //! ```
 
+mod disk;
 mod plan;
 mod trial;
 
@@ -19,8 +22,9 @@ use crate::error::{Failure, require_root};
 use crate::exit::Exit;
 use crate::output::{Table, Tone, milliseconds};
 use crate::signals::Signals;
-use plan::{Case, cases};
-use trial::{Bed, Outcome};
+use disk::SmallDisk;
+use plan::{Case, Harm, cases};
+use trial::{Bed, Given, Outcome};
 
 /// Options of `wrenn chaos`.
 #[derive(Debug, clap::Args)]
@@ -42,49 +46,82 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     require_root("killing machines")?;
     let mut signals = Signals::listen()
         .map_err(|error| Failure::message(format!("cannot listen for signals: {error}")))?;
-    let ground = Ground::lay(&context.settings, "chaos")?;
-    let crash_file = ground.folder().join("crash-at");
-    let mut bed = match Bed::make(ground, crash_file).await {
-        Ok(bed) => bed,
-        Err((ground, failure)) => {
-            if let Err(left) = ground.clean().await {
-                context.printer.warn(left.lines().0);
-            }
-            return Err(failure);
-        }
-    };
     let mut tried: Vec<Tried> = Vec::new();
     let mut signal = None;
-    for case in cases(args.sample, args.seed) {
-        let name = format!("{} at `{}`", case.operation.name(), case.step);
-        context.printer.note(format!("{name} …"));
-        let outcome = tokio::select! {
-            outcome = bed.trial(case) => outcome,
-            got = signals.next() => {
-                signal = Some(got);
+    let mut cleaned = Ok(());
+    // Those that harm the disk come last, and have one of their own.
+    let cases = cases(args.sample, args.seed);
+    for cases in cases.chunk_by(|a, b| (a.harm == Harm::Kill) == (b.harm == Harm::Kill)) {
+        let kills = cases.iter().any(|case| case.harm == Harm::Kill);
+        let mut bed = make(context, kills).await?;
+        for case in cases {
+            context.printer.note(format!("{case} …"));
+            let outcome = tokio::select! {
+                outcome = bed.trial(*case) => outcome,
+                got = signals.next() => {
+                    signal = Some(got);
+                    break;
+                }
+            };
+            let broken = outcome.is_err();
+            tried.push((*case, outcome));
+            if broken {
+                context.printer.warn(bed.end_of_log());
+                // What comes after would be tried on what that has left.
                 break;
             }
-        };
-        let broken = outcome.is_err();
-        tried.push((case, outcome));
-        if broken {
-            // What comes after would be tried on what that has left.
+        }
+        cleaned = give_back(bed.into_given()).await;
+        let broken = tried.last().is_some_and(|(_, outcome)| outcome.is_err());
+        if signal.is_some() || broken || cleaned.is_err() {
             break;
         }
     }
-    let cleaned = bed.into_ground().clean().await;
     show(&tried, args.output.json, context)?;
     cleaned?;
     if let Some(signal) = signal {
         return Ok(Exit::Signal(signal));
     }
     match tried.pop() {
-        Some((case, Err(failure))) => Err(failure.hint(format!(
-            "{} was killed at `{}`",
-            case.operation.name(),
-            case.step
-        ))),
+        Some((case, Err(failure))) => Err(failure.hint(format!("it was tried: {case}"))),
         _ => Ok(Exit::Ok),
+    }
+}
+
+/// A server to be killed, or one whose disk can be harmed.
+async fn make(context: &Context, kills: bool) -> Result<Bed, Failure> {
+    let settings = &context.settings;
+    let given = match kills {
+        true => (Ground::lay(settings, "chaos")?, None),
+        false => {
+            let disk = SmallDisk::make(&settings.data_dir)?;
+            match Ground::lay_at(settings, disk.folder().join("d")) {
+                Ok(ground) => (ground, Some(disk)),
+                Err(failure) => {
+                    warn_of(disk.remove(), context);
+                    return Err(failure);
+                }
+            }
+        }
+    };
+    match Bed::make(given.0, given.1).await {
+        Ok(bed) => Ok(bed),
+        Err((given, failure)) => {
+            warn_of(give_back(given).await, context);
+            Err(failure)
+        }
+    }
+}
+
+async fn give_back((ground, disk): Given) -> Result<(), Failure> {
+    ground.clean().await?;
+    disk.map_or(Ok(()), SmallDisk::remove)
+}
+
+/// What could not be cleaned does not hide why it came to that.
+fn warn_of(cleaned: Result<(), Failure>, context: &Context) {
+    if let Err(left) = cleaned {
+        context.printer.warn(left.lines().0);
     }
 }
 
@@ -93,7 +130,8 @@ fn show(tried: &[Tried], as_json: bool, context: &Context) -> Result<(), Failure
         let one = |(case, outcome): &Tried| {
             json!({
                 "operation": case.operation.name(),
-                "killed_at": case.step,
+                "harm": case.harm.name(),
+                "at": case.step,
                 "outcome": outcome.as_ref().ok().map(|outcome| &outcome.what),
                 "back_after_ms": outcome.as_ref().ok().and_then(|outcome| Some(outcome.back?.as_millis() as u64)),
                 "broken": outcome.as_ref().err().map(|failure| failure.lines().0),
@@ -102,7 +140,7 @@ fn show(tried: &[Tried], as_json: bool, context: &Context) -> Result<(), Failure
         let all: Vec<Value> = tried.iter().map(one).collect();
         return context.printer.json(&all);
     }
-    let mut table = Table::new(["OPERATION", "KILLED AT", "OUTCOME", "BACK AFTER"]).right([3]);
+    let mut table = Table::new(["OPERATION", "HARM", "AT", "OUTCOME", "BACK AFTER"]).right([4]);
     for (case, outcome) in tried {
         let (what, tone, back) = match outcome {
             Ok(outcome) => (
@@ -114,6 +152,7 @@ fn show(tried: &[Tried], as_json: bool, context: &Context) -> Result<(), Failure
         };
         table.row([
             (case.operation.name().to_owned(), Tone::Plain),
+            (case.harm.name().to_owned(), Tone::Plain),
             (case.step.to_owned(), Tone::Plain),
             (what, tone),
             (back, Tone::Dim),

@@ -1,4 +1,5 @@
-//! What is tried: each operation, killed at each of its steps.
+//! What is tried: each operation, killed at each of its steps; on a disk that is full from one of
+//! them on; and on a slow one.
 
 /// Something that is done to a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +65,30 @@ impl Operation {
         }
     }
 
+    /// At the end of which steps the disk is full, until the operation is over.
+    const fn full_from(self) -> &'static [&'static str] {
+        match self {
+            Operation::Create => &["slot", "prepare", "restore"],
+            Operation::Pause => &["quiesce", "stop", "memory", "commit"],
+            Operation::PauseDisk => &["stop"],
+            Operation::Resume => &["queue", "restore"],
+            Operation::Boot => &["verify"],
+            Operation::Checkpoint => &["quiesce", "stop", "memory", "thaw"],
+            Operation::Fork => &["stop", "commit"],
+            Operation::Rollback => &["snapshot", "restore"],
+            Operation::Destroy | Operation::Run => &[],
+        }
+    }
+
+    /// Whether it writes so much that a slow disk makes it slow.
+    const fn writes(self) -> bool {
+        match self {
+            Operation::Create | Operation::Pause | Operation::Checkpoint | Operation::Fork => true,
+            Operation::PauseDisk | Operation::Resume | Operation::Boot => false,
+            Operation::Rollback | Operation::Destroy | Operation::Run => false,
+        }
+    }
+
     const ALL: [Operation; 10] = [
         Operation::Create,
         Operation::Pause,
@@ -85,25 +110,76 @@ pub(super) const KEEPER: &str = "keeper";
 /// The server is killed at no particular moment.
 pub(super) const SERVER: &str = "server";
 
-/// An operation and where it is killed.
+/// What is done to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Harm {
+    /// A process is killed.
+    Kill,
+    /// The disk is full.
+    FullDisk,
+    /// The disk is slow all the time.
+    SlowDisk,
+}
+
+impl Harm {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Harm::Kill => "killed",
+            Harm::FullDisk => "disk full",
+            Harm::SlowDisk => "slow disk",
+        }
+    }
+}
+
+/// An operation, what is done to it, and at the end of which step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Case {
     pub(super) operation: Operation,
+    pub(super) harm: Harm,
+    /// Of a slow disk, none.
     pub(super) step: &'static str,
 }
 
-/// All cases in their order, or, of these, so many that `seed` chooses.
-pub(super) fn cases(sample: Option<u32>, seed: u64) -> Vec<Case> {
-    let mut cases: Vec<Case> = Operation::ALL
-        .iter()
-        .flat_map(|operation| {
-            let case = |step: &&'static str| Case {
-                operation: *operation,
+impl std::fmt::Display for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Case {
+            operation,
+            harm,
+            step,
+        } = self;
+        match harm {
+            Harm::SlowDisk => write!(f, "{}, {}", operation.name(), harm.name()),
+            _ => write!(f, "{}, {} at `{step}`", operation.name(), harm.name()),
+        }
+    }
+}
+
+fn all() -> Vec<Case> {
+    let each = |harm: Harm, steps: fn(Operation) -> &'static [&'static str]| {
+        Operation::ALL.into_iter().flat_map(move |operation| {
+            steps(operation).iter().map(move |step| Case {
+                operation,
+                harm,
                 step,
-            };
-            operation.steps().iter().map(case)
+            })
         })
-        .collect();
+    };
+    let slow = Operation::ALL.into_iter().filter(|one| one.writes());
+    let slow = slow.map(|operation| Case {
+        operation,
+        harm: Harm::SlowDisk,
+        step: "",
+    });
+    each(Harm::Kill, Operation::steps)
+        .chain(each(Harm::FullDisk, Operation::full_from))
+        .chain(slow)
+        .collect()
+}
+
+/// All cases, or, of these, so many that `seed` chooses; those that kill come first, for the
+/// others have a disk of their own.
+pub(super) fn cases(sample: Option<u32>, seed: u64) -> Vec<Case> {
+    let mut cases = all();
     let Some(sample) = sample else {
         return cases;
     };
@@ -117,6 +193,7 @@ pub(super) fn cases(sample: Option<u32>, seed: u64) -> Vec<Case> {
         cases.swap(last, ((state >> 33) % (last as u64 + 1)) as usize);
     }
     cases.truncate(sample as usize);
+    cases.sort_by_key(|case| case.harm != Harm::Kill);
     cases
 }
 

@@ -1,5 +1,5 @@
-//! One case: a sandbox is prepared, an operation begun, a process killed, and what is there
-//! afterwards looked at.
+//! One case: a sandbox is prepared, an operation begun, a process killed or the disk filled, and
+//! what is there afterwards looked at.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use tokio::task::JoinHandle;
 
-use super::plan::{Case, KEEPER, MONITOR, Operation, SERVER};
-use crate::client::{Client, Command, CreateRequest};
+use super::disk::SmallDisk;
+use super::plan::{Case, Harm, KEEPER, MONITOR, Operation, SERVER};
+use crate::client::{Client, ClientError, Command, CreateRequest};
 use crate::commands::own_server::{Ground, OwnServer};
 use crate::error::Failure;
 
@@ -17,6 +19,8 @@ use crate::error::Failure;
 const TRUTH: Duration = Duration::from_secs(30);
 /// So long an operation may take to reach the step at which it is killed.
 const REACH: Duration = Duration::from_secs(120);
+/// So long it may take on a full or a slow disk: longer than the server waits for its host.
+const HARMED: Duration = Duration::from_secs(180);
 /// What is given back in the background is back by then.
 const REST: Duration = Duration::from_secs(30);
 /// A program that goes on for ever, and the file by which a sandbox is known.
@@ -33,11 +37,16 @@ pub(super) struct Outcome {
     pub(super) back: Option<Duration>,
 }
 
+/// What a bed is made of, to be given back.
+pub(super) type Given = (Ground, Option<SmallDisk>);
+
 /// Where cases are tried.
 pub(super) struct Bed {
     ground: Ground,
     crash_file: PathBuf,
     server: OwnServer,
+    /// What it lies on, where that is filled and slowed down.
+    disk: Option<SmallDisk>,
     /// A sandbox that nothing is done to, and how often its program has counted.
     witness: (String, u64),
 }
@@ -61,17 +70,21 @@ async fn create(client: &Client) -> Result<String, Failure> {
 }
 
 impl Bed {
+    /// A bed on this ground, which lies on `disk` if that is to be harmed. What it was made of comes
+    /// back if it cannot be made.
     pub(super) async fn make(
         mut ground: Ground,
-        crash_file: PathBuf,
-    ) -> Result<Bed, (Ground, Failure)> {
+        disk: Option<SmallDisk>,
+    ) -> Result<Bed, (Given, Failure)> {
+        let crash_file = ground.folder().join("crash-at");
         // Each create then goes all the way, and no step is reached but by the operation.
         ground.args(&["--pool-size", "0"]);
         ground.env(crate::env::CRASH_FILE, crash_file.display().to_string());
         let begin = async {
             let server = ground.start().await?;
             let witness = create(&server.client).await?;
-            let count = "n=0; (while true; do n=$((n+1)); echo $n > /home/user/n; sleep 0.1; done) > /dev/null 2>&1 &";
+            // In its memory, for a full disk is an error to whoever writes to it.
+            let count = "n=0; (while true; do n=$((n+1)); echo $n > /dev/shm/n; sleep 0.1; done) > /dev/null 2>&1 &";
             shell(&server.client, &witness, count).await?;
             Ok::<_, Failure>((server, (witness, 0)))
         };
@@ -80,14 +93,21 @@ impl Bed {
                 ground,
                 crash_file,
                 server,
+                disk,
                 witness,
             }),
-            Err(failure) => Err((ground, failure)),
+            Err(failure) => Err(((ground, disk), failure)),
         }
     }
 
-    pub(super) fn into_ground(self) -> Ground {
-        self.ground
+    /// The end of its server's log, which goes with it.
+    pub(super) fn end_of_log(&self) -> String {
+        self.ground.end_of_log(20)
+    }
+
+    /// What it was made of.
+    pub(super) fn into_given(self) -> Given {
+        (self.ground, self.disk)
     }
 
     fn client(&self) -> &Client {
@@ -97,6 +117,9 @@ impl Bed {
     /// Tries a case. An error is a broken guarantee, or a bed that is not fit for the next.
     pub(super) async fn trial(&mut self, case: Case) -> Result<Outcome, Failure> {
         let target = self.prepare(case.operation).await?;
+        if case.harm != Harm::Kill {
+            return self.harm_disk(case, target.as_deref()).await;
+        }
         let back = match case.operation {
             Operation::Run if case.step != SERVER => {
                 let target = target.as_deref().unwrap_or_default();
@@ -145,18 +168,90 @@ impl Bed {
         Ok(Some(id))
     }
 
-    /// Begins the operation, and waits until the server has died of it at the step.
-    async fn crash(
-        &mut self,
+    /// The operation on a disk that is slow, or full from the step on; and what has come of it once
+    /// it is neither.
+    async fn harm_disk(&mut self, case: Case, target: Option<&str>) -> Result<Outcome, Failure> {
+        let disk = self.disk.as_ref();
+        let disk = disk.ok_or_else(|| failed("there is no disk to harm"))?;
+        let slow = match case.harm {
+            Harm::SlowDisk => match disk.slow_down()? {
+                Some(throttle) => Some(throttle),
+                None => {
+                    self.give_back().await?;
+                    let what = "not tried: no control groups v1 with blkio".to_owned();
+                    return Ok(Outcome { what, back: None });
+                }
+            },
+            Harm::FullDisk => {
+                let hold = format!("hold {}", case.step);
+                fs::write(&self.crash_file, hold).map_err(|error| Failure::from_error(&error))?;
+                None
+            }
+            Harm::Kill => None,
+        };
+        let mut asked = self.ask(case.operation, target);
+        let full = match case.harm {
+            Harm::FullDisk => {
+                self.held(case.step).await?;
+                let full = disk.fill()?;
+                self.signal(Signal::CONT)?;
+                Some(full)
+            }
+            Harm::Kill | Harm::SlowDisk => None,
+        };
+        let answer = tokio::time::timeout(HARMED, &mut asked).await;
+        drop((full, slow));
+        let word = match answer {
+            Ok(Ok(Ok(()))) => "done".to_owned(),
+            Ok(Ok(Err(error))) => Failure::from(error).word().to_owned(),
+            Ok(Err(join)) => return Err(Failure::from_error(&join)),
+            Err(_) => return Err(failed("it neither succeeds nor fails")),
+        };
+        self.wait_for_truth().await?;
+        let seen = match target {
+            None => self.look_at_created().await?,
+            Some(target) => self.look_at(case, target).await?,
+        };
+        self.ask_witness().await?;
+        self.give_back().await?;
+        let what = format!("{word}: {seen}");
+        Ok(Outcome { what, back: None })
+    }
+
+    /// Waits until the server stands still at the step.
+    async fn held(&self, step: &str) -> Result<(), Failure> {
+        let stat = format!("/proc/{}/stat", self.server.pid()?);
+        let began = Instant::now();
+        loop {
+            let stat = fs::read_to_string(&stat).map_err(|error| Failure::from_error(&error))?;
+            // The state is behind the name, which may hold anything.
+            let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+            match state {
+                Some(state) if state.starts_with('T') => return Ok(()),
+                _ if began.elapsed() > REACH => {
+                    return Err(failed(format!("`{step}` is not reached")));
+                }
+                _ => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), Failure> {
+        let pid = i32::try_from(self.server.pid()?).ok();
+        let pid = pid.and_then(Pid::from_raw);
+        let pid = pid.ok_or_else(|| failed("the server has no process"))?;
+        kill_process(pid, signal).map_err(|error| Failure::from_error(&error))
+    }
+
+    /// Begins the operation.
+    fn ask(
+        &self,
         operation: Operation,
-        step: &str,
         target: Option<&str>,
-    ) -> Result<(), Failure> {
-        fs::write(&self.crash_file, step).map_err(|error| Failure::from_error(&error))?;
+    ) -> JoinHandle<Result<(), ClientError>> {
         let client = self.server.client.clone();
         let id = target.unwrap_or_default().to_owned();
-        // Its answer is a broken connection, unless it does not get to that step.
-        let asked = tokio::spawn(async move {
+        tokio::spawn(async move {
             match operation {
                 Operation::Create => client.create(&CreateRequest::default()).await.map(drop),
                 Operation::Pause => client.pause(&id, true).await.map(drop),
@@ -169,7 +264,19 @@ impl Bed {
                 Operation::Destroy => client.destroy(&id).await,
                 Operation::Run => Ok(()),
             }
-        });
+        })
+    }
+
+    /// Begins the operation, and waits until the server has died of it at the step.
+    async fn crash(
+        &mut self,
+        operation: Operation,
+        step: &str,
+        target: Option<&str>,
+    ) -> Result<(), Failure> {
+        fs::write(&self.crash_file, step).map_err(|error| Failure::from_error(&error))?;
+        // Its answer is a broken connection, unless it does not get to that step.
+        let asked = self.ask(operation, target);
         let died = self.server.ends_within(REACH).await;
         asked.abort();
         match died {
@@ -294,7 +401,7 @@ impl Bed {
         let (id, before) = self.witness.clone();
         let began = Instant::now();
         loop {
-            let now = shell(self.client(), &id, "cat /home/user/n").await?;
+            let now = shell(self.client(), &id, "cat /dev/shm/n").await?;
             match now.trim().parse() {
                 Ok(now) if now > before => {
                     self.witness.1 = now;

@@ -2,6 +2,7 @@
 
 mod advice;
 mod capacity;
+mod disk;
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -13,6 +14,7 @@ use wrenn_vmm::probe::{self, Feature, HostReport, Measured, Tool};
 use self::advice::{Advice, MissingPackage};
 use self::capacity::Capacity;
 use super::Context;
+use super::up::host::disk_limits;
 use crate::args::OutputArgs;
 use crate::error::Failure;
 use crate::exit::Exit;
@@ -39,6 +41,10 @@ struct Diagnosis {
     capacity: Capacity,
     /// Which control groups limit machines, or why none do.
     control_groups: Result<String, String>,
+    /// What of the disk is limited, or why nothing can be.
+    disk_limits: Result<String, String>,
+    /// So many bytes may be asked back from idle sandboxes, or why none.
+    reclaimable: Result<u64, String>,
     missing: Vec<MissingPackage>,
     advice: Vec<Advice>,
     /// Since when the host starts nothing; or why nobody knows.
@@ -86,11 +92,19 @@ fn examine(context: &Context) -> Result<Diagnosis, Failure> {
     }
     let advice = advice::advise(&report, &missing, choice.is_ok());
     let capacity = Capacity::of(&report.limits, existing.as_deref());
+    let groups = Cgroups::probe(CONTROL_GROUPS);
+    let limits = disk_limits(&up.host);
+    let disk_limits = match &existing {
+        Some(folder) => disk::describe(&groups, folder, limits),
+        None => Err(format!("{} is nowhere", data_dir.display())),
+    };
     Ok(Diagnosis {
         report,
         choice,
         capacity,
-        control_groups: Cgroups::probe(CONTROL_GROUPS).describe(),
+        control_groups: groups.describe(),
+        reclaimable: groups.reclaimable(),
+        disk_limits,
         missing,
         advice,
         draining: wrenn_host::draining_since(data_dir).map_err(|error| error.to_string()),
@@ -190,6 +204,14 @@ impl Diagnosis {
             "controlGroups": {
                 "usable": self.control_groups.is_ok(),
                 "detail": self.control_groups.as_ref().unwrap_or_else(|why| why),
+            },
+            "idleMemory": {
+                "reclaimableBytes": self.reclaimable.as_ref().ok(),
+                "problem": self.reclaimable.as_ref().err(),
+            },
+            "diskLimits": {
+                "usable": self.disk_limits.is_ok(),
+                "detail": self.disk_limits.as_ref().unwrap_or_else(|why| why),
             },
             "missingPackages": self.missing.iter().map(|package| package.name).collect::<Vec<_>>(),
             "advice": self.advice.iter().map(|advice| json!({"gain": advice.gain, "do": advice.action})).collect::<Vec<_>>(),
@@ -378,6 +400,18 @@ impl Diagnosis {
             Err(why) => format!("machines run without limits of their own: {why}"),
         };
         row("control groups", yes(groups.is_ok()), detail);
+        let limits = &self.disk_limits;
+        let detail = limits.as_ref().unwrap_or_else(|why| why).clone();
+        row("limits of disk use", yes(limits.is_ok()), detail);
+        let memory = &self.reclaimable;
+        let detail = match memory {
+            Ok(most) => format!(
+                "asked back before a sandbox is refused, at most {}: the swap that is free",
+                bytes(*most)
+            ),
+            Err(why) => format!("stays theirs: {why}"),
+        };
+        row("memory of idle sandboxes", yes(memory.is_ok()), detail);
         table
     }
 }

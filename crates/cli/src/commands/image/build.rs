@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use wrenn_image::{
-    BuildRequest, Digest, GuestPrograms, Image, ImageError, ImageStore, Progress, Step, StepEvent,
+    BuildRequest, GuestPrograms, Image, ImageError, ImageStore, Progress, Step, StepEvent,
 };
 
 use super::{failure, folder, inspect};
@@ -65,8 +65,7 @@ pub(crate) async fn ensure(
         // Nothing to compare with; what is there was good once.
         (Some(_), Err(_)) => Ok(()),
         (Some(image), Ok(programs)) => {
-            let lock = &image.manifest.lock;
-            if lock.envd == Digest::of(programs.envd) && lock.init == Digest::of(programs.init) {
+            if programs.are_in(&image.manifest.lock) {
                 return Ok(());
             }
             printer.note(format!(

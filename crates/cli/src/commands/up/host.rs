@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wrenn_control::HostClient;
+use wrenn_host::cgroups::DiskLimits;
 use wrenn_host::{HostAgent, HostConfig};
 use wrenn_proxy::Dial;
 use wrenn_types::HostId;
@@ -176,7 +177,18 @@ fn host_config(host: &HostSettings, data_dir: &Path) -> Result<HostConfig, Failu
     if host.guest_connections.is_some() {
         config.guest_limits.connections = host.guest_connections;
     }
+    config.disk_limits = disk_limits(host);
     Ok(config)
+}
+
+/// What each machine may use of the disk, as the settings say.
+pub(crate) fn disk_limits(host: &HostSettings) -> DiskLimits {
+    DiskLimits {
+        bytes_per_sec: host
+            .guest_disk_bandwidth
+            .map(|mb| u64::from(mb) * 1_000_000),
+        operations_per_sec: host.guest_disk_iops.map(u64::from),
+    }
 }
 
 /// This host's id, made up at its first start and kept in the data folder.

@@ -15,7 +15,9 @@ use super::model::{
     SandboxDetail, SandboxModel, SetTimeout,
 };
 use super::network::rules_of_new;
-use crate::app::{App, Clock, Code, CreateSpec, Destroyed, Failure, Sandbox, template_name};
+use crate::app::{
+    App, Clock, Code, CreateSpec, Destroyed, Failure, Resume, Sandbox, template_name,
+};
 use crate::auth::Principal;
 use crate::http::error::E2bError;
 use crate::http::extract::{Json, Query, idempotency_key, pairs, path_param};
@@ -202,10 +204,13 @@ async fn connect(
     body: Connect,
     default_timeout: i64,
 ) -> Result<Response, E2bError> {
-    let secs = seconds(body.timeout.unwrap_or(default_timeout), 1)?;
-    let boot = body.memory == Some(false);
+    let resume = Resume {
+        secs: Some(seconds(body.timeout.unwrap_or(default_timeout), 1)?),
+        boot: body.memory == Some(false),
+        pause_at_end: false,
+    };
     let moved = app
-        .resume(principal.team, id, Some(secs), boot)
+        .resume(principal.team, id, resume)
         .await
         .map_err(|e| as_conflict(id, e))?;
     let status = match moved.now {

@@ -67,8 +67,8 @@ pub(super) async fn pause(
 pub(crate) struct Resume {
     /// Seconds from now until it ends.
     timeout: Option<i64>,
-    /// When its time is over it is paused, not ended: as was said when it was created. `true`
-    /// is refused where that was not said; `false` keeps it as it is, and nothing is lost.
+    /// `true`: from now on it is paused when its time is over, not ended. `false` keeps what was
+    /// said before, so that nothing is lost.
     auto_pause: Option<bool>,
 }
 
@@ -94,14 +94,17 @@ pub(super) async fn resume(
     // Asked first, for it would live longer by being resumed again.
     let known = app.get(principal.team, id).await;
     let known = known.map_err(|e| as_missing(id, e))?.row;
-    if body.auto_pause == Some(true) && !known.pause_at_end {
-        let message = "not offered by this server: autoPause of a sandbox that was created without";
-        return Err(Failure::invalid(message).into());
-    }
     let running = known.state == SandboxState::Running;
     let moved = match running {
         true => None,
-        false => Some(app.resume(principal.team, id, Some(secs), false).await),
+        false => {
+            let resume = app::Resume {
+                secs: Some(secs),
+                boot: false,
+                pause_at_end: body.auto_pause == Some(true),
+            };
+            Some(app.resume(principal.team, id, resume).await)
+        }
     };
     let moved = moved.transpose().map_err(|e| as_conflict(id, e))?;
     let Some(moved) = moved.filter(|moved| moved.now) else {

@@ -55,15 +55,17 @@ pub(crate) struct Denial {
     /// When it was refused last.
     #[schema(format = DateTime)]
     at: String,
-    /// `tcp`, `udp`, `icmp` or a number.
+    /// `tcp`, `udp`, `icmp` or a number; `dns` for a name that was not resolved, or not with
+    /// all its addresses.
     #[schema(example = "tcp")]
     protocol: String,
+    /// An address; with `dns` a name.
     #[schema(example = "10.0.0.1")]
     destination: String,
     /// Missing where the protocol has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     port: Option<u32>,
-    /// Packets refused; of TCP one for each attempt to connect.
+    /// Packets refused; of TCP one for each attempt to connect, of a name one for each question.
     count: u64,
     /// `forbidden` (to all sandboxes), `denied` (by the deny list), `internet_off`,
     /// `connection_limit` or `connection_rate`.

@@ -13,7 +13,7 @@ use wrenn_store::{SnapshotKind, SnapshotPage, SnapshotRow};
 use super::ErrorBody;
 use super::sandboxes::SandboxBody;
 use crate::app::{
-    App, Certificate, Failure, Fork, ListedTemplate, Moved, Take, TemplateKey, TemplateKind,
+    App, Certificate, Failure, Fork, ListedTemplate, Moved, Resume, Take, TemplateKey, TemplateKind,
 };
 use crate::auth::Principal;
 use crate::http::ApiError;
@@ -145,8 +145,11 @@ pub(super) async fn resume(
     Id(id): Id,
     Json(body, _): Json<MemoryBody>,
 ) -> Result<Response, ApiError> {
-    let boot = body.memory == Some(false);
-    Ok(restored(app.resume(principal.team, id, None, boot).await?))
+    let resume = Resume {
+        boot: body.memory == Some(false),
+        ..Resume::default()
+    };
+    Ok(restored(app.resume(principal.team, id, resume).await?))
 }
 
 /// How to fork.

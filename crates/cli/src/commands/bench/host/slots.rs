@@ -14,6 +14,11 @@ const TARGET_POLICY: f64 = 20.0;
 const ROUNDS: usize = 50;
 /// Entries of a long list.
 const MANY: usize = 500;
+/// The kernel's memory stands still when it has changed by no more than this in that time.
+const SETTLE: Duration = Duration::from_secs(1);
+const STILL_KIB: u64 = 256;
+/// On a busy machine it never does.
+const SETTLED_WITHIN: Duration = Duration::from_secs(15);
 
 /// Takes, changes and gives back slots, and makes `slots` of them.
 pub(super) async fn measure(folder: &Path, slots: usize) -> Result<Vec<Phase>, Failure> {
@@ -30,24 +35,23 @@ pub(super) async fn measure(folder: &Path, slots: usize) -> Result<Vec<Phase>, F
     let mut phases = quick?;
 
     config.ready = slots;
-    let before = used_kib()?;
+    let before = settled().await?;
     let began = Instant::now();
     let pool = SlotPool::start(config).await.map_err(failed)?;
     while pool.stats().ready < slots {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     let each = ms(began) / slots as f64;
-    let used = used_kib();
+    let with = settled().await;
     pool.shutdown().await;
-    let each_bytes = used?.saturating_sub(before) as f64 * 1024.0 / slots as f64;
+    let with = with?;
+    let after = settled().await?;
+    let of_thousand = |kib: u64| vec![kib as f64 * 1024.0 * 1000.0 / slots as f64];
+    let bytes = |name: &str, kib| Phase::new(name, Unit::Bytes, of_thousand(kib), None);
     phases.extend([
         Phase::new("make a slot", Unit::Milliseconds, vec![each], None),
-        Phase::new(
-            "memory of 1,000 slots",
-            Unit::Bytes,
-            vec![each_bytes * 1000.0],
-            None,
-        ),
+        bytes("kernel memory of 1,000 slots", with.saturating_sub(before)),
+        bytes("  of it, given back", with.saturating_sub(after)),
     ]);
     Ok(phases)
 }
@@ -87,16 +91,33 @@ async fn quick(pool: &SlotPool) -> Result<Vec<Phase>, Failure> {
     ])
 }
 
-/// Memory of this machine that is in use.
-fn used_kib() -> Result<u64, Failure> {
+/// Memory that the kernel has for itself, in KiB: its own allocator's, that of each processor,
+/// and what it maps. A slot consists of these; the machine's other memory goes up and down with
+/// whatever runs and is cached, a thousand times as much.
+fn kernel_kib() -> Result<u64, Failure> {
     let text = std::fs::read_to_string("/proc/meminfo").map_err(|e| Failure::from_error(&e))?;
     let field = |name: &str| -> Option<u64> {
         let line = text.lines().find(|line| line.starts_with(name))?;
         line.split_whitespace().nth(1)?.parse().ok()
     };
-    match (field("MemTotal:"), field("MemAvailable:")) {
-        (Some(all), Some(available)) => Ok(all.saturating_sub(available)),
-        _ => Err(Failure::message("/proc/meminfo is not as proc(5) says")),
+    let fields = ["SUnreclaim:", "SReclaimable:", "Percpu:", "VmallocUsed:"];
+    let kib: Option<Vec<u64>> = fields.into_iter().map(field).collect();
+    kib.map(|kib| kib.iter().sum())
+        .ok_or_else(|| Failure::message("/proc/meminfo is not as proc(5) says"))
+}
+
+/// The same once the kernel has done what it put off: it frees what namespaces had after it has
+/// said that they are gone.
+async fn settled() -> Result<u64, Failure> {
+    let began = Instant::now();
+    let mut last = kernel_kib()?;
+    loop {
+        tokio::time::sleep(SETTLE).await;
+        let now = kernel_kib()?;
+        if now.abs_diff(last) <= STILL_KIB || began.elapsed() > SETTLED_WITHIN {
+            return Ok(now);
+        }
+        last = now;
     }
 }
 
