@@ -3,16 +3,19 @@
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use rustix::time::{ClockId, Timespec};
+use rustix::time::{ClockId, DynamicClockId, Timespec};
 use sha2::{Digest, Sha256};
 
 use super::certificate::{Recorder, Step};
 
-/// KVM's clock; where it is, chronyd keeps the time and we never touch it.
+/// KVM's clock of the host. Where it is, chronyd keeps the time by it, yet only some samples
+/// after a restore; so that the first program is not told the time of the freeze, the hook
+/// reads it as well.
 const PTP_CLOCK: &str = "/dev/ptp0";
 /// Tells our line in `/etc/hosts`.
 const HOSTS_MARK: &str = "# this sandbox";
@@ -71,10 +74,8 @@ pub(super) fn become_itself(plan: &Plan, recorder: &mut Recorder) -> Result<(), 
     recorder.done(Step::Entropy);
     if let Some(now) = plan.now {
         recorder.clock_was(clock(), now);
-        if !Path::new(PTP_CLOCK).exists() {
-            set_clock(now)?;
-            recorder.certificate.clock_set = true;
-        }
+        set_clock(host_clock().unwrap_or(now))?;
+        recorder.certificate.clock_set = true;
         recorder.done(Step::Clock);
     }
     if let Some(machine) = &plan.machine {
@@ -95,6 +96,16 @@ pub(super) fn clock() -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     // Before 1970 nothing is further from the host's time than 1970 is.
     now.unwrap_or_default()
+}
+
+/// The host's time as KVM tells it now; `None` where it does not, and what the request says is
+/// the best there is.
+fn host_clock() -> Option<Duration> {
+    let device = std::fs::File::open(PTP_CLOCK).ok()?;
+    let id = DynamicClockId::Dynamic(device.as_fd());
+    let time = rustix::time::clock_gettime_dynamic(id).ok()?;
+    let seconds = u64::try_from(time.tv_sec).ok()?;
+    Some(Duration::new(seconds, u32::try_from(time.tv_nsec).ok()?))
 }
 
 /// Writes in place. ext4 takes a file that is emptied and closed for one that is replaced,
