@@ -223,6 +223,40 @@ part('git', async (sandbox) => {
   await git.deleteBranch(repository, 'side', { force: true })
 })
 
+part('a pause and a connect lose nothing', async (sandbox) => {
+  if (debug) return
+  const sleeper = await sandbox.commands.run('sleep 600', { background: true })
+  await sandbox.files.write('kept.txt', 'kept')
+  assert.equal(await sandbox.pause(), true)
+  assert.equal(await sandbox.pause(), false)
+  assert.equal(await sandbox.isRunning(), false)
+  await sandbox.connect({ timeoutMs: 300_000 })
+  assert.equal(await sandbox.isRunning(), true)
+  assert.equal(await sandbox.files.read('kept.txt'), 'kept')
+  const running = await sandbox.commands.list()
+  assert.ok(running.some((one) => one.pid === sleeper.pid))
+  assert.equal(await sandbox.commands.kill(sleeper.pid), true)
+})
+
+part('forks and snapshots are sandboxes of their own', async (sandbox) => {
+  if (debug) return
+  await sandbox.files.write('origin.txt', 'shared')
+  const forks = await sandbox.fork({ count: 2 })
+  for (const fork of forks) {
+    assert.ok(fork instanceof Sandbox, String(fork))
+    assert.equal(await fork.files.read('origin.txt'), 'shared')
+    await fork.files.write('origin.txt', 'mine')
+    assert.equal(await fork.kill(), true)
+  }
+  assert.equal(await sandbox.files.read('origin.txt'), 'shared')
+  const snapshot = await sandbox.createSnapshot()
+  const copy = await Sandbox.create(snapshot.snapshotId, { timeoutMs: 120_000 })
+  assert.equal(await copy.files.read('origin.txt'), 'shared')
+  await copy.kill()
+  assert.equal(await Sandbox.deleteSnapshot(snapshot.snapshotId), true)
+  assert.equal(await Sandbox.deleteSnapshot(snapshot.snapshotId), false)
+})
+
 part('the sandbox itself', async (sandbox) => {
   assert.equal(await sandbox.isRunning(), true)
   if (debug) return

@@ -44,9 +44,7 @@ impl Printer {
             stdout_styled: styled(stdout),
             stderr_styled: styled(stderr),
             stderr_is_terminal: stderr,
-            columns: stdout
-                .then(|| crossterm::terminal::size().ok().map(|(columns, _)| columns))
-                .flatten(),
+            columns: stdout.then(terminal_columns).flatten(),
         }
     }
 
@@ -132,4 +130,11 @@ fn style(text: &str, styled: bool, code: &str) -> String {
     } else {
         text.to_owned()
     }
+}
+
+/// Columns of the terminal on stdout; `None` where it does not know, as a serial line, which says
+/// that it has none.
+fn terminal_columns() -> Option<u16> {
+    let (columns, _) = crossterm::terminal::size().ok()?;
+    (columns > 0).then_some(columns)
 }

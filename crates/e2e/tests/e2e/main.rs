@@ -19,6 +19,7 @@ mod e2b;
 mod files;
 mod freeze;
 mod guest;
+mod hostile;
 mod images;
 mod isolation;
 mod leaks;
@@ -67,6 +68,7 @@ fn shared() -> Vec<(&'static str, Shared)> {
         lifetime: g01_hanging_up_during_create_harms_nothing, g01_hanging_up_during_exec_harms_nothing,
             g09_an_unused_sandbox_expires_and_a_used_one_does_not;
         isolation: g38_limits_hold_in_either_version_of_control_groups, g35_a_guest_reaches_neither_host_nor_guest_nor_private_ranges;
+        hostile: g43_a_hostile_guest_changes_nothing_that_others_share;
         network_policy: g35_a_network_policy_holds_in_a_machine_and_through_a_pause;
         guest: g23_clones_share_no_randomness_and_no_name,
             g24_the_clock_is_right_however_long_a_machine_waited, programs_find_who_and_where_they_are,
