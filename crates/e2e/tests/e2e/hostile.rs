@@ -3,27 +3,28 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use wrenn_e2e::Server;
 
 /// What root in a guest tries: to write to the physical memory and to the ports of its devices,
-/// to throw away and to overwrite what is on its disk, to have memory taken back, to fill all
-/// the memory it has. Each may fail, and the last two end the guest.
+/// to throw away and to overwrite what is on its disk, to fill the memory it has, and in the end to
+/// bring down its kernel.
 const ATTACKS: &str = r#"
 mknod /root/mem c 1 1; mknod /root/port c 1 4
 python3 - <<'PY'
 import os
+written = []
 def write(path, at, data):
     try:
         fd = os.open(path, os.O_RDWR)
         os.lseek(fd, at, os.SEEK_SET)
         os.write(fd, data)
-        print('written', path, hex(at))
-    except OSError as error:
-        print(path, hex(at), error)
+        written.append(f'{path}:{at:x}')
+    except OSError:
+        pass
 for at in (0, 0xf0000, 0x100000, 0x1000000, 0x1fff0000):
     write('/root/mem', at, b'\xee' * 4096)
 # fw_cfg by its selector and its data register, then its DMA address.
@@ -32,18 +33,13 @@ for port in (0x510, 0x511, 0x514, 0x518):
 for root, _, names in os.walk('/sys/firmware/qemu_fw_cfg'):
     for name in names:
         write(os.path.join(root, name), 0, b'\xee' * 64)
+print('written', *written)
+hoard = [bytearray(b'\xee' * (8 << 20)) for _ in range(40)]
+print(len(hoard), 'pieces of memory filled')
 PY
-for module in virtio_balloon virtio_mem virtio_pmem vhost_vsock; do modprobe $module; done
-fstrim -v /; blkdiscard -f /dev/vda; blkdiscard -f -z -o 0 -l 1048576 /dev/vda
-echo 3 > /proc/sys/vm/drop_caches
-python3 -c "
-hoard = []
-try:
-    for _ in range(56): hoard.append(bytearray(b'\xee' * (8 << 20)))
-except MemoryError: pass
-print(len(hoard), 'pieces of memory filled')"
-dd if=/dev/zero of=/dev/vda bs=1M count=128 oflag=direct conv=notrunc
-echo c > /proc/sysrq-trigger
+fstrim -v /; blkdiscard -f /dev/vda; echo 3 > /proc/sys/vm/drop_caches
+dd if=/dev/zero of=/dev/vda bs=1M count=128 oflag=direct conv=notrunc && echo disk overwritten
+(sleep 5; echo c > /proc/sysrq-trigger) < /dev/null > /dev/null 2>&1 &
 "#;
 
 pub(crate) async fn g43_a_hostile_guest_changes_nothing_that_others_share(server: &Server) {
@@ -54,19 +50,31 @@ pub(crate) async fn g43_a_hostile_guest_changes_nothing_that_others_share(server
     let files = template_files(server.data_dir());
     let before = digests(memory.iter().chain(&files));
 
-    let body = json!({
-        "cmd": "sudo", "args": ["/bin/bash", "-c", ATTACKS], "timeout_sec": 40,
-    });
+    // Its machine dies before the program has ended, so this lasts as long as it may.
+    let body = json!({"cmd": "sudo", "args": ["/bin/bash", "-c", ATTACKS], "timeout_sec": 45});
     let path = format!("/v1/sandboxes/{hostile}/exec");
-    // The guest does not live to its end.
-    let attacked = tokio::time::timeout(Duration::from_secs(60), api.post(&path, &body)).await;
-    eprintln!(
-        "attacks: {}",
-        attacked.map_or("no answer".into(), |answer| answer.describe())
-    );
+    let attacked = api.post(&path, &body).await.expect(200).json();
+    let said = attacked["stdout"].as_str().unwrap_or_default();
+    // What is below 1 MiB can be written, the firmware's copy with it.
+    for done in [
+        "/root/mem:f0000",
+        "40 pieces of memory filled",
+        "trimmed",
+        "disk overwritten",
+    ] {
+        assert!(said.contains(done), "`{done}` was not done: {attacked}");
+    }
+    let until = Instant::now() + Duration::from_secs(30);
+    while api.is_running(&hostile).await {
+        assert!(Instant::now() < until, "the hostile guest runs on");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 
-    // The other clone of the same memory and disk works on, and so does one that is new. The
-    // template's memory is the same file in all of them: it is looked at through theirs.
+    // The template's memory is the same file in all its clones: it is looked at through another's.
+    let memory = shared_memory(server, &other);
+    let after = digests(memory.iter().chain(&files));
+    assert!(after == before, "what is shared has changed");
+    // That clone works on, and so does one that is new.
     let fresh = api.create(&json!({})).await;
     for id in [&other, &fresh] {
         let said = api.exec(
@@ -75,14 +83,8 @@ pub(crate) async fn g43_a_hostile_guest_changes_nothing_that_others_share(server
             &["-c", "import json, subprocess; print(6 * 7)"],
         );
         assert_eq!(said.await["stdout"], "42\n");
-        let memory = shared_memory(server, id);
-        assert!(
-            digests(memory.iter().chain(&files)) == before,
-            "what is shared has changed"
-        );
         api.destroy(id).await;
     }
-    api.destroy(&hostile).await;
 }
 
 /// The memory files that a sandbox's machine has mapped.
@@ -97,7 +99,8 @@ fn shared_memory(server: &Server, sandbox: &str) -> Vec<PathBuf> {
         let target = fs::read_link(path).unwrap_or_default();
         target.to_string_lossy().starts_with("/memfd:wrenn-memory")
     };
-    paths.filter(is_memory).collect()
+    // QEMU has it open more than once.
+    paths.filter(is_memory).take(1).collect()
 }
 
 /// What templates consist of.
