@@ -87,6 +87,7 @@ fn g33_the_token_is_enforced_everywhere_but_where_it_must_not_be() {
         ("GET", "/ports"),
         ("POST", "/snapshot/prepare"),
         ("POST", "/snapshot/undo"),
+        ("POST", "/snapshot/rehearse"),
         ("POST", "/process.Process/List"),
         ("POST", "/process.Process/Start"),
         ("POST", "/filesystem.Filesystem/Stat"),
@@ -282,9 +283,15 @@ async fn g25_a_prepared_guest_starts_nothing_and_goes_on_when_told() {
         !waiting.is_finished(),
         "nothing starts while it is prepared"
     );
+    assert_eq!(http(&envd, "POST", "/snapshot/rehearse", &[], "").0, 204);
+    assert!(!waiting.is_finished(), "a rehearsal lets nothing go on");
     assert_eq!(http(&envd, "POST", "/snapshot/undo", &[], "").0, 204);
     assert_eq!(waiting.await.unwrap(), b"ran\n");
     assert_eq!(http(&envd, "POST", "/snapshot/undo", &[], "").0, 204);
+    assert_eq!(http(&envd, "POST", "/snapshot/rehearse", &[], "").0, 204);
+    let client = envd.client();
+    let told = run(&client, sh("echo ran"), CallOptions::default()).await;
+    assert_eq!(told.unwrap().stdout, b"ran\n", "nor does it stop anything");
 }
 
 #[test]

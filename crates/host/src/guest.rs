@@ -297,6 +297,12 @@ impl Guest {
         self.host_call(WHAT, "/snapshot/prepare").await
     }
 
+    /// Goes through what quiescing costs, without its effects.
+    pub async fn rehearse_snapshot(&self) -> Result<(), GuestError> {
+        const WHAT: &str = "to rehearse a snapshot (/snapshot/rehearse)";
+        self.host_call(WHAT, "/snapshot/rehearse").await
+    }
+
     /// Has a quiesced guest go on, when there was no freeze or its machine lives on. One that
     /// is not quiesced does nothing.
     pub async fn undo_snapshot(&self) -> Result<(), GuestError> {

@@ -112,16 +112,16 @@ pub(crate) async fn programs_find_who_and_where_they_are(server: &Server) {
 pub(crate) async fn g33_the_hosts_routes_are_closed_from_inside(server: &Server) {
     let api = server.api();
     let sandbox = Secured::create(&api).await;
-    let line = "for path in init snapshot/prepare snapshot/undo envs metrics ports restarts; do \
+    let line = "for path in init snapshot/prepare snapshot/undo snapshot/rehearse envs metrics ports restarts; do \
                 for token in '' wrong; do curl -s -o /dev/null -w '%{http_code} ' \
                 -X $([ ${path%%/*} = init ] || [ ${path%%/*} = snapshot ] && echo POST || echo GET) \
                 -H \"x-access-token: $token\" -d '{\"restoreID\":\"mine\",\"accessToken\":\"mine\"}' \
                 http://127.0.0.1:49983/$path; done; done; \
                 curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:49983/health";
     let said = api.shell(&sandbox.id, line).await;
-    assert_eq!(said, format!("{}204", "401 ".repeat(14)));
+    assert_eq!(said, format!("{}204", "401 ".repeat(16)));
     // Not even with the token through the proxy.
-    for path in ["/init", "/snapshot/prepare", "/snapshot/undo"] {
+    for path in ["/init", "/snapshot/prepare", "/snapshot/undo", "/snapshot/rehearse"] {
         let request = sandbox.request(Method::POST, path).body("{}");
         let answer = api.send(request).await;
         assert_eq!(answer.status, 404, "{}", answer.describe());

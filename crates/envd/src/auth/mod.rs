@@ -217,6 +217,7 @@ mod tests {
             ("GET", "/envs"),
             ("GET", "/ports"),
             ("POST", "/snapshot/prepare"),
+            ("POST", "/snapshot/rehearse"),
             ("POST", "/files/compose"),
             ("POST", "/process.Process/Start"),
             ("GET", "/init"),

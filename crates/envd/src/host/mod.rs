@@ -188,6 +188,10 @@ async fn prepare(
     finish(tokio::spawn(async move { host.prepare(&query).await }).await)
 }
 
+async fn rehearse(Extract(host): Extract<Arc<Host>>) -> Response {
+    finish(tokio::spawn(async move { host.rehearse().await }).await)
+}
+
 async fn undo(Extract(host): Extract<Arc<Host>>) -> Response {
     finish(tokio::spawn(async move { host.undo().await }).await)
 }
@@ -217,6 +221,7 @@ pub fn router(host: Arc<Host>) -> axum::Router {
         .route("/init", post(init))
         .route("/snapshot/prepare", post(prepare))
         .route("/snapshot/undo", post(undo))
+        .route("/snapshot/rehearse", post(rehearse))
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY))
         .with_state(host)
 }

@@ -9,6 +9,7 @@ mod merging;
 mod network;
 mod owner;
 mod paused;
+mod rehearsal;
 mod room;
 mod transitions;
 

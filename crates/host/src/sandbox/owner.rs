@@ -27,6 +27,7 @@ use super::handle::{
 use super::journal::Journal;
 use super::merging::Merging;
 use super::paused::Paused;
+use super::rehearsal::Rehearsal;
 use super::{CreateSandbox, NetworkRules, SandboxError};
 use crate::activity::Activity;
 use crate::drain::Drain;
@@ -270,6 +271,7 @@ impl Owner {
         let mut exited = machine.vm.exited();
         let mut pause_again: Option<SystemTime> = None;
         let mut merging = Merging::of(&self.common, self.id, journal.line.parent);
+        let _rehearsal = Rehearsal::of(&self.common, &machine, &self.activity);
         loop {
             let deadline = journal.lifetime.deadline(self.activity.last());
             let deadline = deadline.map(|at| pause_again.map_or(at, |again| at.max(again)));
