@@ -310,7 +310,7 @@ impl HostAgent {
         let mut site = build_site(config.clone()).await?;
         limit_disk(&mut site);
         let site = Arc::new(site);
-        let pool = Pool::new(site.clone(), templates.clone());
+        let pool = Pool::new(site.clone(), templates.clone(), config.pool_size);
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
         let snapshots = {
             let (dir, sets) = (config.snapshots_dir(), config.working_sets_dir());
@@ -349,7 +349,7 @@ impl HostAgent {
         for (slot, error) in &swept.failed {
             tracing::warn!(slot, error = %chain(error), "a network slot that nobody uses stays");
         }
-        let filler = pool.keep_filled(config.default_template.clone(), config.pool_size);
+        let filler = pool.keep_filled(config.default_template.clone());
         let collector = snapshots.keep_collected();
         let sampler = metrics::sample(
             manager.clone(),

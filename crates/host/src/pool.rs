@@ -3,6 +3,11 @@
 //!
 //! Why warm: under emulation a fresh restore translates every instruction anew, and
 //! `bash -l -c true` takes 215 ms instead of some tens.
+//!
+//! What was saved can only be restored when it is known what it is. For that monitors stand by,
+//! started over the templates of which sandboxes were saved lately; see [`standbys`].
+
+mod standbys;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -11,19 +16,25 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
+use self::standbys::Standbys;
 use crate::guest::Identity;
-use crate::machine::{LiveMachine, MachineError, Origin, Phases, Site, restore};
+use crate::machine::{LiveMachine, MachineError, Origin, Phases, Site, Standby, restore};
 use crate::template::{LoadedTemplate, TemplateStore, WarmUp, warm};
 
 /// How long a restored machine may take until its guest agent has run the hook.
 const INIT_PATIENCE: Duration = Duration::from_secs(20);
 /// After a failed attempt to make one, the pool waits so long.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
+/// A monitor is started to stand by so long after it was seen that one is lacking.
+const STANDBY_PAUSE: Duration = Duration::from_millis(300);
 
-/// Waiting machines of one template.
+/// Waiting machines.
 pub struct Pool {
     site: Arc<Site>,
     templates: Arc<TemplateStore>,
+    /// How many warmed machines shall wait. At 0 nothing waits.
+    size: usize,
+    standbys: Standbys,
     waiting: Mutex<VecDeque<LiveMachine>>,
     /// Poked whenever one was taken.
     wanted: Notify,
@@ -34,11 +45,13 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// An empty pool; [`Pool::keep_filled`] fills it.
-    pub fn new(site: Arc<Site>, templates: Arc<TemplateStore>) -> Arc<Self> {
+    /// An empty pool for `size` warmed machines; [`Pool::keep_filled`] fills it.
+    pub fn new(site: Arc<Site>, templates: Arc<TemplateStore>, size: usize) -> Arc<Self> {
         Arc::new(Pool {
             site,
             templates,
+            size,
+            standbys: Standbys::default(),
             waiting: Mutex::default(),
             wanted: Notify::new(),
             busy: Arc::default(),
@@ -74,30 +87,63 @@ impl Pool {
         }
     }
 
+    /// A sandbox over this template was saved: what was saved is likely to be restored.
+    pub fn expect(&self, template_digest: &str) {
+        if self.size > 0 && self.site.vmm.info().stands_by {
+            self.standbys.expect(template_digest);
+            self.wanted.notify_one();
+        }
+    }
+
+    /// A monitor that stands by over this template, if there is one that lives.
+    pub async fn stand_in(&self, template: &LoadedTemplate) -> Option<Standby> {
+        loop {
+            let standby = self.standbys.take(template)?;
+            self.wanted.notify_one();
+            if standby.lives() {
+                return Some(standby);
+            }
+            tracing::warn!("a monitor that stood by had died");
+            standby.give_back(&self.site).await;
+        }
+    }
+
     /// Held while a machine is restored for somebody who waits: the pool pauses.
     pub async fn pause(&self) -> tokio::sync::OwnedRwLockReadGuard<()> {
         self.busy.clone().read_owned().await
     }
 
-    /// Keeps `size` machines of `template` ready until the pool is closed.
-    pub fn keep_filled(self: &Arc<Self>, template: String, size: usize) -> JoinHandle<()> {
+    /// Keeps warmed machines of `template` ready, and monitors standing by, until the pool is
+    /// closed.
+    pub fn keep_filled(self: &Arc<Self>, template: String) -> JoinHandle<()> {
         let pool = self.clone();
         tokio::spawn(async move {
             while !*pool.closing.borrow() {
-                if pool.ready() >= size {
-                    tokio::select! {
-                        () = pool.wanted.notified() => continue,
-                        () = pool.closed() => return,
-                    }
+                for standby in pool.standbys.unwanted() {
+                    standby.give_back(&pool.site).await;
                 }
+                let lacking = match pool.ready() < pool.size {
+                    true => None,
+                    false => match pool.standbys.lacking() {
+                        Some(digest) => Some(digest),
+                        None => {
+                            tokio::select! {
+                                () = pool.wanted.notified() => {}
+                                () = pool.standbys.next_unwanted() => {}
+                                () = pool.closed() => return,
+                            }
+                            continue;
+                        }
+                    },
+                };
                 // Waits for creates under way, and does not hold up later ones.
                 drop(pool.busy.write().await);
-                let made = match pool.templates.get(&pool.site, &template, None).await {
-                    Ok(loaded) => pool.make(&loaded).await.map_err(|e| e.to_string()),
-                    Err(error) => Err(error.to_string()),
+                let made = match &lacking {
+                    None => pool.add_warm(&template).await,
+                    Some(digest) => pool.add_standby(digest).await,
                 };
                 match made {
-                    Ok(machine) => pool.waiting().push_back(machine),
+                    Ok(()) => {}
                     Err(_) if *pool.closing.borrow() => return,
                     Err(error) => {
                         tracing::warn!(%error, "the pool could not make a machine");
@@ -109,6 +155,32 @@ impl Pool {
                 }
             }
         })
+    }
+
+    async fn add_warm(&self, template: &str) -> Result<(), String> {
+        let loaded = self.templates.get(&self.site, template, None).await;
+        let loaded = loaded.map_err(|e| e.to_string())?;
+        let machine = self.make(&loaded).await.map_err(|e| e.to_string())?;
+        self.waiting().push_back(machine);
+        Ok(())
+    }
+
+    async fn add_standby(&self, digest: &str) -> Result<(), String> {
+        tokio::select! {
+            // Whoever was just restored has the processor first.
+            () = tokio::time::sleep(STANDBY_PAUSE) => {}
+            () = self.closed() => return Ok(()),
+        }
+        let loaded = match self.templates.of_snapshot(digest).await {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                self.standbys.forget(digest);
+                return Err(error.to_string());
+            }
+        };
+        let standby = Standby::start(&self.site, &loaded).await;
+        self.standbys.add(standby.map_err(|e| e.to_string())?);
+        Ok(())
     }
 
     async fn make(&self, template: &Arc<LoadedTemplate>) -> Result<LiveMachine, MachineError> {
@@ -171,6 +243,9 @@ impl Pool {
         let machines: Vec<_> = self.waiting().drain(..).collect();
         for machine in machines {
             machine.give_back(&self.site).await;
+        }
+        for standby in self.standbys.drain() {
+            standby.give_back(&self.site).await;
         }
     }
 }

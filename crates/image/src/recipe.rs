@@ -186,7 +186,9 @@ pub const fn required_packages() -> &'static [&'static str] {
 /// anew. `bash -l -c true` takes 30 ms instead of 80. What keeps guests apart is the machine
 /// around them; a guest that wants it back writes 2 to `kernel.randomize_va_space`.
 pub fn kernel_command_line(tsc_khz: u32) -> String {
-    format!("{COMMON} tsc_early_khz={tsc_khz} tsc=reliable no_timer_check mitigations=off norandmaps edd=off")
+    format!(
+        "{COMMON} tsc_early_khz={tsc_khz} tsc=reliable no_timer_check mitigations=off norandmaps edd=off"
+    )
 }
 
 /// The kernel command line under QEMU with KVM.

@@ -80,6 +80,9 @@ pub struct VmmInfo {
     /// Whether memory that was saved over a template is best had from a page server
     /// ([`crate::Vmm::restore_served`]), since it cannot be laid over the template's in place.
     pub page_server: bool,
+    /// Whether machines can be started before it is known what they become
+    /// ([`crate::Vmm::stand_by`]).
+    pub stands_by: bool,
 }
 
 impl VmmInfo {

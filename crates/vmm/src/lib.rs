@@ -60,8 +60,9 @@ pub use firecracker::{
 pub use info::{Accelerator, Fingerprint, Incompatible, KernelFormat, LayerFormat, VmmInfo};
 pub use keeper::Launcher;
 pub use machine::{
-    BootFiles, BootSpec, DiskChain, ExitCause, ExitReason, IDENTITY_BYTES, Machine, MachinePids,
-    MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState, ServedSpec, Vmm,
+    BootFiles, BootSpec, DiskChain, ExitCause, ExitReason, IDENTITY_BYTES, LoadSpec, Machine,
+    MachinePids, MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState, ServedSpec,
+    Vmm,
 };
 pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
 pub use qcow2::{OverlayError, create_overlay, merge_layers};

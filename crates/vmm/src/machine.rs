@@ -50,6 +50,15 @@ pub trait Vmm: Send + Sync {
         delta: Delta,
     ) -> Result<Arc<dyn Machine>, VmmError>;
 
+    /// Starts the monitor of a machine over `memory` before it is known which state that is
+    /// restored with. It stands by for [`Machine::load`], and cannot run before. Only where
+    /// [`VmmInfo::stands_by`].
+    async fn stand_by(
+        &self,
+        machine: MachineSpec,
+        memory: Arc<SealedMemory>,
+    ) -> Result<Arc<dyn Machine>, VmmError>;
+
     /// Loads a saved machine whose memory comes from a page server (userfaultfd). Stopped when
     /// this returns. [`Machine::save_delta`] then tells what changed since this restore.
     async fn restore_served(&self, spec: ServedSpec) -> Result<Arc<dyn Machine>, VmmError>;
@@ -66,6 +75,10 @@ pub trait Vmm: Send + Sync {
 /// One machine. Dropping the handle does not end it.
 #[async_trait]
 pub trait Machine: Send + Sync {
+    /// Loads a state into a machine that stands by, once; it is stopped when this returns. One
+    /// that could not be loaded is of no more use: [`Machine::kill`] it.
+    async fn load(&self, spec: LoadSpec) -> Result<(), VmmError>;
+
     /// Lets the processors run.
     async fn resume(&self) -> Result<(), VmmError>;
 
@@ -219,6 +232,19 @@ pub struct RestoreSpec {
     /// [`Vmm::restore_delta`] that of [`Machine::save_delta`], as from
     /// [`crate::state_file`].
     pub state: File,
+}
+
+/// What a machine that stands by becomes.
+pub struct LoadSpec {
+    /// Disk layers, lowest first, between those that it was started with and its top, to which
+    /// nothing was written.
+    pub layers: Vec<PathBuf>,
+    /// The memory that it was started over.
+    pub memory: Arc<SealedMemory>,
+    /// As [`RestoreSpec::state`].
+    pub state: File,
+    /// What its memory has changed since the template; `None` for the template itself.
+    pub delta: Option<Delta>,
 }
 
 /// A machine to restore from a page server.

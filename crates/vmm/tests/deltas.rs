@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use common::{SHAPE, Template, console_line, folder, tick, vmm};
 use view::{Qmp, View};
 use wrenn_vmm::{
-    Delta, DeltaError, DeltaPages, Firmware, Machine, PageBuffer, PageRange, QemuVmm, Run,
-    RunState, Vmm, VmmError, create_overlay, state_file,
+    Delta, DeltaError, DeltaPages, Firmware, LoadSpec, Machine, PageBuffer, PageRange, QemuVmm,
+    Run, RunState, Vmm, VmmError, create_overlay, state_file,
 };
 
 /// A saved clone, held in memory.
@@ -76,6 +76,31 @@ impl Saved {
         spec.machine.disk.layers = self.layers.clone();
         spec.state = state_file(&self.state).unwrap();
         vmm.restore_delta(spec, delta).await
+    }
+
+    /// The same with a monitor that stood by.
+    async fn restore_standby(
+        &self,
+        template: &Template,
+        vmm: &QemuVmm,
+        dir: &Path,
+        uid: u32,
+        id: &str,
+    ) -> Result<Arc<dyn Machine>, VmmError> {
+        let spec = template.clone_spec(vmm, dir, uid, id);
+        let machine = vmm.stand_by(spec.machine, spec.memory.clone()).await?;
+        assert_eq!(*machine.run_state().borrow(), RunState::Stopped);
+        let load = LoadSpec {
+            layers: self.layers[1..].to_vec(),
+            memory: spec.memory,
+            state: state_file(&self.state).unwrap(),
+            delta: Some(self.delta()),
+        };
+        let loaded = machine.load(load).await;
+        if loaded.is_err() {
+            machine.kill().await.unwrap();
+        }
+        loaded.map(|()| machine)
     }
 }
 
@@ -161,10 +186,20 @@ async fn g12_g13_memory_is_the_same_through_generations_of_a_working_guest() {
         dir = folder(parent.path(), &format!("generation{generation}"));
         let id = format!("generation{generation}");
         let began = Instant::now();
-        machine = saved
-            .restore(&template, &vmm, &dir, 10_111, &id, saved.delta())
-            .await
-            .unwrap();
+        machine = match generation % 2 {
+            1 => {
+                saved
+                    .restore_standby(&template, &vmm, &dir, 10_111, &id)
+                    .await
+            }
+            _ => {
+                let delta = saved.delta();
+                saved
+                    .restore(&template, &vmm, &dir, 10_111, &id, delta)
+                    .await
+            }
+        }
+        .unwrap();
         println!("restored in {:?}", began.elapsed());
         drop(machine);
         let after = View::of(&dir, SHAPE).await;
@@ -231,10 +266,20 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
         let child_dir = folder(parent.path(), &format!("child{point}"));
         let id = format!("child{point}");
         let began = Instant::now();
-        let child = saved
-            .restore(&template, &vmm, &child_dir, 10_122, &id, saved.delta())
-            .await
-            .unwrap();
+        let child = match point {
+            1 => {
+                saved
+                    .restore_standby(&template, &vmm, &child_dir, 10_122, &id)
+                    .await
+            }
+            _ => {
+                let delta = saved.delta();
+                saved
+                    .restore(&template, &vmm, &child_dir, 10_122, &id, delta)
+                    .await
+            }
+        }
+        .unwrap();
         child.resume().await.unwrap();
         println!("child runs after {:?}", began.elapsed());
         let line = console_line(&child, &format!("id={id} ")).await;
@@ -246,6 +291,17 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
         let now = rounds(&machine, 1).await;
         rounds(&machine, now + 3).await;
     }
+    // One that stood by is saved as any other.
+    let child_dir = parent.path().join("child1");
+    let next = child_dir.join("disk-next.qcow2");
+    create_overlay(&next, common::DISK_BYTES).unwrap();
+    Saved::of(&children[1], layers.clone()).await;
+    children[1].switch_disk_layer(&next).await.unwrap();
+    children[1].resume().await.unwrap();
+    let child_pid = children[1].pids().vmm.pid;
+    assert_eq!(descriptors_on(child_pid, &next), [false, true]);
+    let old = descriptors_on(child_pid, &child_dir.join("disk.qcow2"));
+    assert!(!old.is_empty() && !old.contains(&true), "{old:?}");
     for child in &children {
         let now = rounds(child, 1).await;
         rounds(child, now + 2).await;
@@ -398,6 +454,35 @@ async fn what_cannot_be_saved_or_restored_is_named_and_leaves_nothing() {
             "cut at {cut}: {error:?}"
         );
     }
+    // A monitor that stood by, for a layer that is not there, and one that has become a machine.
+    let gone = Saved {
+        layers: vec![template.layer.clone(), "/nonexistent".into()],
+        pages: saved.pages.clone(),
+        state: saved.state.clone(),
+        firmware: saved.firmware.clone(),
+        ranges: saved.ranges.clone(),
+    };
+    let dir = folder(parent.path(), "gone");
+    let error = gone
+        .restore_standby(&template, &vmm, &dir, 10_132, "x")
+        .await;
+    assert!(matches!(error.err(), Some(VmmError::File { .. })));
+    let dir = folder(parent.path(), "twice");
+    let once = saved
+        .restore_standby(&template, &vmm, &dir, 10_132, "twice")
+        .await;
+    let once = once.unwrap();
+    let again = LoadSpec {
+        layers: Vec::new(),
+        memory: template.memory.clone(),
+        state: state_file(&saved.state).unwrap(),
+        delta: None,
+    };
+    let error = once.load(again).await.unwrap_err();
+    assert!(matches!(error, VmmError::Qmp { .. }), "{error:?}");
+    once.resume().await.unwrap();
+    console_line(&once, "id=twice ").await;
+    once.kill().await.unwrap();
     // A machine that is killed while its memory is written.
     let dir = folder(parent.path(), "killed");
     let killer = Killer {

@@ -121,7 +121,12 @@ pub(crate) async fn g33_the_hosts_routes_are_closed_from_inside(server: &Server)
     let said = api.shell(&sandbox.id, line).await;
     assert_eq!(said, format!("{}204", "401 ".repeat(16)));
     // Not even with the token through the proxy.
-    for path in ["/init", "/snapshot/prepare", "/snapshot/undo", "/snapshot/rehearse"] {
+    for path in [
+        "/init",
+        "/snapshot/prepare",
+        "/snapshot/undo",
+        "/snapshot/rehearse",
+    ] {
         let request = sandbox.request(Method::POST, path).body("{}");
         let answer = api.send(request).await;
         assert_eq!(answer.status, 404, "{}", answer.describe());

@@ -26,13 +26,21 @@ const HOSTNAME_MAX: usize = 64;
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) seed: [u8; 32],
+    /// `None` when it has these names already, as a sandbox that was paused: what its user has
+    /// made of the files since is left alone.
+    pub(super) names: Option<Names>,
+    /// The host's time, since 1970.
+    pub(super) now: Option<Duration>,
+}
+
+/// Who a machine is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Names {
     /// What the machine id is made from: the same sandbox keeps its own.
     pub(super) machine: Option<String>,
     pub(super) hostname: Option<String>,
     pub(super) sandbox_id: Option<String>,
     pub(super) template_id: Option<String>,
-    /// The host's time, since 1970.
-    pub(super) now: Option<Duration>,
 }
 
 /// A step that failed.
@@ -78,17 +86,22 @@ pub(super) fn become_itself(plan: &Plan, recorder: &mut Recorder) -> Result<(), 
         recorder.certificate.clock_set = true;
         recorder.done(Step::Clock);
     }
-    if let Some(machine) = &plan.machine {
+    if let Some(names) = &plan.names {
+        take_names(names)?;
+    }
+    recorder.done(Step::Identity);
+    Ok(())
+}
+
+fn take_names(names: &Names) -> Result<(), GuestError> {
+    if let Some(machine) = &names.machine {
         let id = hex::encode(&Sha256::digest(format!("wrenn machine id {machine}"))[..16]);
         write(Path::new("/etc/machine-id"), &format!("{id}\n"))?;
     }
-    if let Some(name) = plan.hostname.as_deref().filter(|name| !name.is_empty()) {
+    if let Some(name) = names.hostname.as_deref().filter(|name| !name.is_empty()) {
         set_hostname(name)?;
     }
-    markers(Path::new("/run"), plan)?;
-    recorder.certificate.ids_rotated = plan.machine.is_some();
-    recorder.done(Step::Identity);
-    Ok(())
+    markers(Path::new("/run"), names)
 }
 
 /// The guest's time since 1970.
@@ -165,14 +178,14 @@ fn with_own_name(before: &str, name: &str) -> String {
 }
 
 /// Files by which programs see where they are.
-fn markers(run: &Path, plan: &Plan) -> Result<(), GuestError> {
+fn markers(run: &Path, names: &Names) -> Result<(), GuestError> {
     for (dir, brands) in [("e2b", &["E2B"][..]), ("wrenn", &["E2B", "WRENN"])] {
         let dir = run.join(dir);
         std::fs::create_dir_all(&dir).map_err(|source| GuestError::Write {
             path: dir.clone(),
             source,
         })?;
-        let all = variables(plan.sandbox_id.as_deref(), plan.template_id.as_deref());
+        let all = variables(names.sandbox_id.as_deref(), names.template_id.as_deref());
         for (name, value) in all
             .iter()
             .filter(|(name, _)| brands.iter().any(|b| name.starts_with(b)))
@@ -197,18 +210,16 @@ mod tests {
     #[test]
     fn programs_find_who_they_are() {
         let run = std::env::temp_dir().join(format!("envd-markers-{}", std::process::id()));
-        let plan = Plan {
-            seed: [0; 32],
+        let names = Names {
             machine: None,
             hostname: None,
             sandbox_id: Some("sb-1".into()),
             template_id: None,
-            now: None,
         };
         // What was longer before leaves nothing behind.
         std::fs::create_dir_all(run.join("wrenn")).unwrap();
         std::fs::write(run.join("wrenn/.WRENN_SANDBOX_ID"), "sb-12345").unwrap();
-        markers(&run, &plan).unwrap();
+        markers(&run, &names).unwrap();
         let read = |name: &str| std::fs::read_to_string(run.join(name)).ok();
         assert_eq!(read("e2b/.E2B_SANDBOX").as_deref(), Some("true"));
         assert_eq!(read("wrenn/.WRENN_SANDBOX_ID").as_deref(), Some("sb-1"));

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::certificate::{Certificate, Recorder, Step};
-use super::guest::{self, GuestError};
+use super::guest::{self, GuestError, Names};
 use super::{Host, Identity};
 use crate::auth::{AccessToken, AuthError};
 use crate::server::connections::ConnectionId;
@@ -26,6 +26,8 @@ pub(super) struct Hook {
     pub(super) done: Option<String>,
     /// What it did.
     pub(super) certificate: Certificate,
+    /// Who it made of the machine.
+    pub(super) names: Option<Names>,
 }
 
 /// The body. What is left out stays as it is; unknown fields (E2B's) are no error.
@@ -141,22 +143,29 @@ impl Host {
             _ => {}
         }
         let config = self.merged(&body);
+        let names = Names {
+            machine: config
+                .sandbox_id
+                .clone()
+                .or_else(|| body.restore_id.clone()),
+            hostname: body.hostname.clone(),
+            sandbox_id: config.sandbox_id.clone(),
+            template_id: config.template_id.clone(),
+        };
         let mut recorder = Recorder::start();
         if in_vm {
+            let known = life.hook.names.as_ref() == Some(&names);
             let plan = guest::Plan {
                 seed: seed(&body, token),
-                machine: config
-                    .sandbox_id
-                    .clone()
-                    .or_else(|| body.restore_id.clone()),
-                hostname: body.hostname.clone(),
-                sandbox_id: config.sandbox_id.clone(),
-                template_id: config.template_id.clone(),
+                names: (!known).then(|| names.clone()),
                 now: at,
             };
+            // From here on they may be half taken.
+            life.hook.names = None;
             // Here and now: a few small writes into memory are done before a thread for them
             // is there, and the code that starts one is cold in a machine just restored.
             guest::become_itself(&plan, &mut recorder)?;
+            recorder.certificate.ids_rotated = names.machine.is_some();
         } else if let Some(at) = at {
             recorder.clock_was(guest::clock(), at);
         }
@@ -173,6 +182,7 @@ impl Host {
         life.hook = Hook {
             done: body.restore_id.clone(),
             certificate: recorder.certificate.clone(),
+            names: Some(names),
         };
         *self.ready_for() = identity.map(|i| i.restore_id);
         self.remember(&life, false);

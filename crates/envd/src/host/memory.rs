@@ -85,6 +85,7 @@ impl Host {
         life.hook = Hook {
             done: memory.hook_done,
             certificate: memory.certificate,
+            names: None,
         };
         *self.ready_for() = memory.ready_for;
         if memory.prepared {

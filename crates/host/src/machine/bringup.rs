@@ -1,32 +1,22 @@
-//! Bringing a machine up: slot, folder, disk, VM. Whatever fails, the steps before it are
-//! given back.
+//! What it takes to bring a machine up: slot, folder, disk, VM. Whatever fails, the steps before
+//! it are given back.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use sha2::{Digest, Sha512};
 use wrenn_image::Image;
 use wrenn_net::Slot;
-use wrenn_snapshot::{DiskFile, Snapshot, SnapshotError, SnapshotId};
 use wrenn_types::{AccessToken, Shape};
 use wrenn_vmm::{
-    Accelerator, BootFiles, BootSpec, Delta, DiskChain, FIRMWARE_BYTES, Fingerprint,
-    IDENTITY_BYTES, KernelFormat, Machine, MachineSpec, MemoryFile, RestoreSpec, ServedSpec,
-    VmmError, state_file,
+    Accelerator, BootFiles, BootSpec, DiskChain, IDENTITY_BYTES, KernelFormat, Machine,
+    MachineSpec, MemoryFile, VmmError,
 };
 
-use super::page_server::PageServer;
-use super::{
-    LiveMachine, MachineError, Phases, RECORD, RECORD_VERSION, Record, Site, files, name_of,
-    write_json,
-};
+use super::{MachineError, Site, files, name_of};
 use crate::cgroups::Limits;
 use crate::guest::Guest;
-use crate::snapshots::{SnapshotPages, blocking, firmware_part};
-use crate::template::LoadedTemplate;
 
 /// The same in every guest, so that any snapshot runs in any slot.
 const GUEST_MAC: [u8; 6] = [0x02, 0xFC, 0x00, 0x00, 0x00, 0x05];
@@ -51,7 +41,7 @@ pub fn new_restore_id() -> Result<String, MachineError> {
     Ok(AccessToken::generate()?.reveal()[..32].to_owned())
 }
 
-fn restore_channel(
+pub(super) fn restore_channel(
     restore_id: &str,
     env_id: &str,
     host_token: &AccessToken,
@@ -77,14 +67,14 @@ fn restore_channel(
 }
 
 /// What is common to booting and restoring, before there is a VM.
-struct Ground {
-    slot: Slot,
-    folder: PathBuf,
-    uid: u32,
+pub(super) struct Ground {
+    pub(super) slot: Slot,
+    pub(super) folder: PathBuf,
+    pub(super) uid: u32,
 }
 
 impl Ground {
-    async fn take(site: &Site) -> Result<Ground, MachineError> {
+    pub(super) async fn take(site: &Site) -> Result<Ground, MachineError> {
         let slot = site.slots.take().await?;
         let uid = site.config.first_uid + slot.index();
         match files::new_folder(&site.config.machines_dir(), uid) {
@@ -96,7 +86,7 @@ impl Ground {
         }
     }
 
-    async fn give_back(self, site: &Site) {
+    pub(super) async fn give_back(self, site: &Site) {
         if let Err(error) = files::remove_folder(&self.folder).await {
             tracing::error!(%error, "the folder of a machine that did not start stays");
         }
@@ -107,7 +97,7 @@ impl Ground {
     }
 
     /// Limits what a machine's processes may use, before its guest runs user code.
-    fn confine(
+    pub(super) fn confine(
         &self,
         site: &Site,
         shape: Shape,
@@ -129,7 +119,7 @@ impl Ground {
         })
     }
 
-    async fn spec(
+    pub(super) async fn spec(
         &self,
         shape: Shape,
         boot: BootFiles,
@@ -153,302 +143,9 @@ impl Ground {
 }
 
 /// Ends a machine that could not be limited.
-async fn kill_unconfined(vm: &Arc<dyn Machine>) {
+pub(super) async fn kill_unconfined(vm: &Arc<dyn Machine>) {
     if let Err(error) = vm.kill().await {
         tracing::error!(%error, "a machine that could not be limited could not be ended either");
-    }
-}
-
-/// The disk layer, in a machine's folder, that a machine starts to write to.
-pub const FIRST_LAYER: &str = "disk";
-
-/// What a machine is restored from.
-#[derive(Clone)]
-pub struct Origin {
-    /// The template.
-    pub template: Arc<LoadedTemplate>,
-    /// What was saved over it since, if it is not to be the template itself.
-    pub snapshot: Option<Arc<Snapshot>>,
-    /// How often its line of memory was restored, this time included.
-    pub generation: u64,
-    /// Of the snapshot only the disk is wanted: it is booted.
-    pub disk_only: bool,
-}
-
-/// How long the guest agent may take for its restore hook, on the reference machine.
-const HOOK_PATIENCE: Duration = Duration::from_secs(20);
-/// The same from the first instruction of a boot on, which takes 4 to 6 s there.
-pub const BOOT_PATIENCE: Duration = Duration::from_secs(30);
-
-impl Origin {
-    /// A template as it was frozen.
-    pub fn template(template: Arc<LoadedTemplate>) -> Origin {
-        Origin {
-            template,
-            snapshot: None,
-            generation: 1,
-            disk_only: false,
-        }
-    }
-
-    /// Whether a machine from here boots, because there is no memory to go on with.
-    pub fn boots(&self) -> bool {
-        let without = |snapshot: &Arc<Snapshot>| self.disk_only || snapshot.memory().is_none();
-        self.snapshot.as_ref().is_some_and(without)
-    }
-
-    /// How long the guest agent of such a machine may take, on the reference machine.
-    pub fn patience(&self) -> Duration {
-        match self.boots() {
-            true => BOOT_PATIENCE,
-            false => HOOK_PATIENCE,
-        }
-    }
-}
-
-/// What a machine's processors and memory begin with, read and verified but for the pages,
-/// which are when they are brought in.
-enum Beginning {
-    Boot,
-    Template(File),
-    Saved(File, Delta),
-    /// The memory is this snapshot's, from a page server.
-    Served(File, SnapshotId),
-}
-
-/// The disk layers over the template's, and what is in memory.
-async fn contents(site: &Site, origin: &Origin) -> Result<(Vec<PathBuf>, Beginning), MachineError> {
-    let Some(snapshot) = origin.snapshot.clone() else {
-        let path = origin.template.state();
-        let state = File::open(&path).map_err(|source| MachineError::File {
-            action: "open",
-            path,
-            source,
-        })?;
-        return Ok((Vec::new(), Beginning::Template(state)));
-    };
-    if !origin.boots() {
-        return saved_contents(site, snapshot).await;
-    }
-    let layers = blocking(move || snapshot.disk_layers()).await?;
-    Ok((layer_paths(site, layers)?, Beginning::Boot))
-}
-
-/// Where these layers are, if this host's monitor can have them.
-fn layer_paths(site: &Site, layers: Vec<DiskFile>) -> Result<Vec<PathBuf>, MachineError> {
-    let format = site.vmm.info().layers.name();
-    match layers.iter().find(|layer| layer.layer.format != format) {
-        Some(other) => Err(MachineError::OtherFormat(
-            other.layer.format.clone(),
-            format,
-        )),
-        None => Ok(layers.into_iter().map(|layer| layer.path).collect()),
-    }
-}
-
-async fn saved_contents(
-    site: &Site,
-    snapshot: Arc<Snapshot>,
-) -> Result<(Vec<PathBuf>, Beginning), MachineError> {
-    let here = site.vmm.info().fingerprint.clone();
-    let served = site.vmm.info().page_server;
-    let read = blocking(move || {
-        let layers = snapshot.disk_layers()?;
-        let part = firmware_part()?;
-        let firmware = snapshot
-            .parts()
-            .iter()
-            .find(|(name, _)| *name == part)
-            .and_then(|(_, content)| <[u8; FIRMWARE_BYTES]>::try_from(&content[..]).ok());
-        let (Some(memory), Some(firmware)) = (snapshot.memory(), firmware) else {
-            let problem = format!("snapshot {} holds a disk and no machine", snapshot.id());
-            return Err(SnapshotError::Incomplete(problem));
-        };
-        let delta = (!served).then(|| Delta {
-            firmware: Box::new(firmware),
-            pages: Box::new(SnapshotPages(memory.delta())),
-        });
-        Ok((
-            snapshot.manifest().description.vmm.fingerprint.clone(),
-            layers,
-            snapshot.device_state().to_vec(),
-            delta,
-            snapshot.id(),
-        ))
-    });
-    let (fingerprint, layers, state, delta, id) = read.await?;
-    let saved: Fingerprint = serde_json::from_value(fingerprint)
-        .map_err(|e| MachineError::OtherMonitor(format!("its description is not known: {e}")))?;
-    here.accepts(&saved)
-        .map_err(|differences| MachineError::OtherMonitor(differences.to_string()))?;
-    let state = state_file(&state).map_err(|source| MachineError::File {
-        action: "hold the device state of",
-        path: site.config.snapshots_dir(),
-        source,
-    })?;
-    let beginning = match delta {
-        Some(delta) => Beginning::Saved(state, delta),
-        None => Beginning::Served(state, id),
-    };
-    Ok((layer_paths(site, layers)?, beginning))
-}
-
-/// Restores a machine in a slot of its own, or prepares its boot. It is loaded and stopped;
-/// the id of the restore that its guest agent waits for is returned with it.
-pub async fn restore(
-    site: &Site,
-    origin: &Origin,
-    phases: &mut Phases,
-) -> Result<(LiveMachine, String), MachineError> {
-    let mut clock = Instant::now();
-    let template = &origin.template;
-    let (layers, beginning) = contents(site, origin).await?;
-    if origin.snapshot.is_some() {
-        phases.note("verify", &mut clock);
-    }
-    let manifest = &template.manifest;
-    let format = site.vmm.info().layers.name();
-    if manifest.disk_format != format {
-        let other = manifest.disk_format.clone();
-        return Err(MachineError::OtherFormat(other, format));
-    }
-    let ground = Ground::take(site).await?;
-    phases.note("slot", &mut clock);
-    let inner = async {
-        let host_token = AccessToken::generate()?;
-        let restore_id = new_restore_id()?;
-        let channel = restore_channel(&restore_id, &manifest.name, &host_token)?;
-        let top = ground.folder.join(FIRST_LAYER);
-        site.vmm.create_layer(&top, manifest.disk_bytes)?;
-        let disk = DiskChain {
-            base: template.image.rootfs(),
-            layers: [template.disk()].into_iter().chain(layers).collect(),
-            top,
-        };
-        let record = Record {
-            version: RECORD_VERSION,
-            slot: ground.slot.index(),
-            template_digest: template.digest.clone(),
-            shape: manifest.shape,
-            disk_mib: manifest.disk_bytes >> 20,
-            envd_version: manifest.envd_version.clone(),
-            generation: origin.generation,
-            host_token: host_token.reveal().to_owned(),
-        };
-        write_json(&ground.folder, RECORD, &record).map_err(|source| MachineError::File {
-            action: "write",
-            path: ground.folder.join(RECORD),
-            source,
-        })?;
-        let cmdline = match beginning {
-            // For the clock of the host that it is now, not of the one it was frozen on.
-            Beginning::Boot => kernel_command_line(site),
-            _ => manifest.cmdline.clone(),
-        };
-        let boot = boot_files(site, &template.image, cmdline);
-        let machine = ground.spec(manifest.shape, boot, disk, channel).await?;
-        phases.note("prepare", &mut clock);
-        let (vm, page_server) = start(site, &ground, template, machine, beginning).await?;
-        phases.note("restore", &mut clock);
-        Ok((vm, page_server, record, restore_id))
-    };
-    let inner = match inner.await {
-        Ok((vm, server, record, restore_id)) => {
-            match ground.confine(site, manifest.shape, &vm, server) {
-                Ok(()) => Ok((vm, record, restore_id)),
-                Err(error) => {
-                    kill_unconfined(&vm).await;
-                    Err(error)
-                }
-            }
-        }
-        Err(error) => Err(error),
-    };
-    match inner {
-        Ok((vm, record, restore_id)) => {
-            let guest = Guest::new(ground.slot.guest());
-            let Ground { slot, folder, .. } = ground;
-            Ok((
-                LiveMachine {
-                    vm,
-                    slot,
-                    guest,
-                    folder,
-                    record,
-                },
-                restore_id,
-            ))
-        }
-        Err(error) => {
-            ground.give_back(site).await;
-            Err(error)
-        }
-    }
-}
-
-/// Starts a machine; with it goes the number of its page server, if it has one.
-async fn start(
-    site: &Site,
-    ground: &Ground,
-    template: &LoadedTemplate,
-    machine: MachineSpec,
-    beginning: Beginning,
-) -> Result<(Arc<dyn Machine>, Option<u32>), MachineError> {
-    let memory = template.memory.clone();
-    let spec = |machine, state| RestoreSpec {
-        machine,
-        memory: memory.clone(),
-        state,
-    };
-    let vm = match beginning {
-        Beginning::Boot => site.vmm.boot_private(machine, memory).await?,
-        Beginning::Template(state) => site.vmm.restore(spec(machine, state)).await?,
-        Beginning::Saved(state, delta) => {
-            let spec = spec(machine, state);
-            site.vmm.restore_delta(spec, delta).await?
-        }
-        Beginning::Served(state, snapshot) => {
-            return start_served(site, ground, template, machine, state, snapshot).await;
-        }
-    };
-    Ok((vm, None))
-}
-
-async fn start_served(
-    site: &Site,
-    ground: &Ground,
-    template: &LoadedTemplate,
-    machine: MachineSpec,
-    state: File,
-    snapshot: SnapshotId,
-) -> Result<(Arc<dyn Machine>, Option<u32>), MachineError> {
-    let server = PageServer::start(site, &ground.folder, ground.uid, template, snapshot).await?;
-    let process = server.process().map_err(|source| MachineError::File {
-        action: "watch what serves the memory of",
-        path: ground.folder.clone(),
-        source,
-    });
-    let started = match process {
-        Err(error) => Err(error),
-        Ok(process) => {
-            let spec = ServedSpec {
-                machine,
-                socket: server.socket.clone(),
-                server: process,
-                state,
-            };
-            site.vmm
-                .restore_served(spec)
-                .await
-                .map_err(MachineError::from)
-        }
-    };
-    match started {
-        Ok(vm) => Ok((vm, Some(server.pid))),
-        Err(error) => {
-            server.end();
-            Err(error)
-        }
     }
 }
 
@@ -461,7 +158,7 @@ pub fn kernel_command_line(site: &Site) -> String {
     }
 }
 
-fn boot_files(site: &Site, image: &Image, cmdline: String) -> BootFiles {
+pub(super) fn boot_files(site: &Site, image: &Image, cmdline: String) -> BootFiles {
     BootFiles {
         kernel: match site.vmm.info().kernel {
             KernelFormat::BzImage => image.vmlinuz(),

@@ -5,15 +5,16 @@ mod bringup;
 mod files;
 mod page_server;
 mod phases;
+mod restore;
 mod sweep;
 
 pub use bringup::{
-    BOOT_PATIENCE, BootedMachine, FIRST_LAYER, Origin, boot_for_template, disk_bytes,
-    kernel_command_line, new_restore_id, restore,
+    BootedMachine, boot_for_template, disk_bytes, kernel_command_line, new_restore_id,
 };
 pub use files::{read_json, remove_folder, vm_folder, write_json};
 pub use page_server::{failure as memory_failure, serve as serve_pages};
 pub use phases::{Phases, crash_by, reached};
+pub use restore::{BOOT_PATIENCE, FIRST_LAYER, Origin, Standby, restore};
 pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
 
 use std::path::{Path, PathBuf};
@@ -115,6 +116,15 @@ pub fn record_in(folder: &Path) -> Option<Record> {
 }
 
 impl Record {
+    /// Writes it down in this folder.
+    fn write(&self, folder: &Path) -> Result<(), MachineError> {
+        write_json(folder, RECORD, self).map_err(|source| MachineError::File {
+            action: "write",
+            path: folder.join(RECORD),
+            source,
+        })
+    }
+
     fn host_token(&self) -> AccessToken {
         AccessToken::from_kept(self.host_token.clone())
     }

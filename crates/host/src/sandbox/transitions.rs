@@ -102,7 +102,15 @@ impl Owner {
         // The semaphore is never closed.
         let _turn = self.common.restores.acquire().await;
         phases.note("queue", &mut clock);
-        Ok(restore(&self.common.site, origin, phases).await?)
+        let Common { site, pool, .. } = &*self.common;
+        let standby = match origin.boots() {
+            true => None,
+            false => pool.stand_in(&origin.template).await,
+        };
+        Ok(match standby {
+            Some(standby) => standby.restore(site, origin, phases).await?,
+            None => restore(site, origin, phases).await?,
+        })
     }
 
     /// What a machine is restored from that is to be `snapshot`, or to have its disk.
@@ -219,6 +227,7 @@ impl Owner {
             .await;
         self.set(SandboxState::Running, None);
         let saved = saved?;
+        self.common.pool.expect(&machine.record.template_digest);
         let snapshot = saved.snapshot.id();
         self.pin_for(snapshot, &order.owners).await?;
         Ok(Kept {
@@ -296,6 +305,7 @@ impl Owner {
         }
         let mut phases = saved.phases;
         phases.note("journal", &mut clock);
+        self.common.pool.expect(&machine.record.template_digest);
         Ok((paused, phases))
     }
 

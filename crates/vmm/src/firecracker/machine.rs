@@ -31,7 +31,7 @@ use crate::machine::{ExitReason, MachinePids, MemoryUse, ProcessId, RunState, Sa
 use crate::memory::MEMORY_NAME;
 use crate::record::Monitor;
 use crate::supervised::Supervised;
-use crate::{Machine, MemoryFile, SealedMemory, VmmError};
+use crate::{LoadSpec, Machine, MemoryFile, SealedMemory, VmmError};
 
 /// The longest state accepted; that of a machine with one processor has some 20 KB.
 const MAX_STATE: u64 = 64 << 20;
@@ -270,6 +270,10 @@ impl FirecrackerMachine {
 
 #[async_trait]
 impl Machine for FirecrackerMachine {
+    async fn load(&self, _spec: LoadSpec) -> Result<(), VmmError> {
+        Err(super::no_standby("load a state into a machine that runs"))
+    }
+
     async fn resume(&self) -> Result<(), VmmError> {
         if self.unstarted.load(Ordering::Acquire) {
             let action = Action {

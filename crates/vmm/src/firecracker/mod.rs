@@ -77,6 +77,7 @@ impl FirecrackerVmm {
             layers: LayerFormat::Raw,
             kernel: KernelFormat::Elf,
             page_server: config.userfaultfd,
+            stands_by: false,
         };
         FirecrackerVmm { config, info }
     }
@@ -130,6 +131,14 @@ impl Vmm for FirecrackerVmm {
         Ok(Arc::new(machine.claim()))
     }
 
+    async fn stand_by(
+        &self,
+        _machine: MachineSpec,
+        _memory: Arc<SealedMemory>,
+    ) -> Result<Arc<dyn Machine>, VmmError> {
+        Err(no_standby("start a machine before its state is known"))
+    }
+
     async fn restore_served(&self, spec: ServedSpec) -> Result<Arc<dyn Machine>, VmmError> {
         Ok(Arc::new(self.start_served(spec).await?.claim()))
     }
@@ -141,5 +150,14 @@ impl Vmm for FirecrackerVmm {
     async fn adopt(&self, dir: &Path) -> Result<Option<Arc<dyn Machine>>, VmmError> {
         let adopted = self.adopt_machine(dir).await?;
         Ok(adopted.map(|machine| Arc::new(machine) as Arc<dyn Machine>))
+    }
+}
+
+/// It starts within some milliseconds, and what it is given at its start depends on the state.
+fn no_standby(what: &'static str) -> VmmError {
+    VmmError::Unsupported {
+        monitor: "Firecracker",
+        what,
+        why: "it starts fast enough; use `restore`".into(),
     }
 }

@@ -51,7 +51,7 @@ impl Descriptors {
 
 /// A descriptor as QEMU knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Number(i32);
+pub(super) struct Number(pub(super) i32);
 
 impl Number {
     /// For what QEMU opens anew in its jail: it must be open to any user, as a memfd is.
@@ -187,7 +187,8 @@ impl Plan<'_> {
                     args.put("-add-fd", format!("fd={},set={set},opaque=spare", spare.0));
                 }
             }
-            let mut node = disk_node(level, image.format, set, image.spare.is_some());
+            let name = disk_name(level);
+            let mut node = disk_node(&name, image.format, set, image.spare.is_some());
             if level > 0 {
                 node["backing"] = json!(disk_name(level - 1));
             }
@@ -212,13 +213,13 @@ pub(super) fn disk_name(level: usize) -> String {
 
 /// An image as QEMU's block layer takes it, opened from a set of descriptors.
 pub(super) fn disk_node(
-    level: usize,
+    name: &str,
     format: Format,
     set: impl std::fmt::Display,
     writable: bool,
 ) -> Value {
     json!({
-        "node-name": disk_name(level),
+        "node-name": name,
         "driver": match format { Format::Raw => "raw", Format::Qcow2 => "qcow2" },
         "read-only": !writable,
         // A running machine does not survive the host, so its flushes need not reach

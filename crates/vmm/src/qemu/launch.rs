@@ -12,7 +12,7 @@ use tokio::net::{UnixListener, UnixStream};
 use super::QemuVmm;
 use super::args::{Descriptors, Format, Image, Plan, Start};
 use super::jail;
-use super::machine::QemuMachine;
+use super::machine::{QemuMachine, TopLayer};
 use crate::keeper::{self, Console};
 use crate::machine::{DiskChain, MachineSpec};
 use crate::memfd::{copy_of_path, sealed_memfd};
@@ -99,7 +99,7 @@ impl QemuVmm {
         let jail = jail::make(&dir, &self.info.path, self.info.accelerator)
             .map_err(|source| own_file("cannot make the jail in", &dir, source))?;
         let mut fds = Descriptors::default();
-        let images = open_disk(&disk, &mut fds)?;
+        let (images, top) = open_disk(&disk, &mut fds)?;
         let identity = sealed_memfd("wrenn-identity", &identity[..])
             .map_err(|source| own_file("cannot hold the identity of", &dir, source))?;
         let control = listener
@@ -137,7 +137,7 @@ impl QemuVmm {
         let started = began.elapsed();
         // QEMU's copy must be the last one, or its end would not close our connection.
         drop(listener);
-        let machine = QemuMachine::connect(dir, pids, self.patience()).await?;
+        let machine = QemuMachine::connect(dir, pids, top, self.patience()).await?;
         tracing::debug!(?started, connected = ?began.elapsed(), "QEMU answers");
         Ok(machine)
     }
@@ -183,7 +183,7 @@ fn short_path(dir: &Path) -> io::Result<(OwnedFd, String)> {
     Ok((held, path))
 }
 
-fn open_disk(disk: &DiskChain, fds: &mut Descriptors) -> Result<Vec<Image>, VmmError> {
+fn open_disk(disk: &DiskChain, fds: &mut Descriptors) -> Result<(Vec<Image>, TopLayer), VmmError> {
     let open = |path: &Path, writable| {
         OpenOptions::new()
             .read(true)
@@ -208,10 +208,15 @@ fn open_disk(disk: &DiskChain, fds: &mut Descriptors) -> Result<Vec<Image>, VmmE
             spare: None,
         });
     }
+    let fd = fds.add(open(&disk.top, true)?);
+    let top = TopLayer {
+        level: images.len(),
+        set: fd.0,
+    };
     images.push(Image {
-        fd: fds.add(open(&disk.top, true)?),
+        fd,
         format: Format::Qcow2,
         spare: Some(fds.add(open(&disk.top, false)?)),
     });
-    Ok(images)
+    Ok((images, top))
 }

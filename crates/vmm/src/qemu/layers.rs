@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::json;
@@ -66,7 +66,7 @@ impl QemuMachine {
         }
         let set = self.add_fd(writable.as_fd(), None, TRANSIENT).await?;
         self.add_fd(spare.as_fd(), Some(set), "spare").await?;
-        let mut node = disk_node(old + 1, Format::Qcow2, set, true);
+        let mut node = disk_node(&new_name, Format::Qcow2, set, true);
         // It builds on what it is put on, not on what its header may name.
         node["backing"] = json!(null);
         let doing = "adding a layer to its disk";
@@ -103,6 +103,39 @@ impl QemuMachine {
             self.close_transients().await;
         }
         Ok(())
+    }
+
+    /// Puts layers, lowest first, right below the top of a machine that stands by and has
+    /// written nothing to it.
+    pub(super) async fn put_below_top(&self, layers: &[PathBuf]) -> Result<(), VmmError> {
+        let Some(highest) = layers.last() else {
+            return Ok(());
+        };
+        let top = self.top_at_start().ok_or_else(|| VmmError::DiskLayer {
+            path: highest.clone(),
+            why: "this machine does not stand by any more".into(),
+        })?;
+        let doing = "putting layers below its disk's top";
+        let mut below = disk_name(top.level - 1);
+        for (number, path) in layers.iter().enumerate() {
+            let file = File::open(path).map_err(|source| VmmError::File {
+                what: "cannot open the disk",
+                path: path.clone(),
+                source,
+            })?;
+            let set = self.add_fd(file.as_fd(), None, "layer").await?;
+            // No number as the others have: the top stays the highest.
+            let name = format!("inserted{number}");
+            let mut node = disk_node(&name, Format::Qcow2, set, false);
+            node["backing"] = json!(below);
+            self.command(doing, "blockdev-add", node).await?;
+            below = name;
+        }
+        let mut node = disk_node(&disk_name(top.level), Format::Qcow2, top.set, true);
+        node["backing"] = json!(below);
+        self.command(doing, "blockdev-reopen", json!({ "options": [node] }))
+            .await
+            .map(drop)
     }
 
     async fn disk_nodes(&self) -> Result<Vec<Node>, VmmError> {

@@ -15,10 +15,19 @@ use crate::machine::{ExitReason, MachinePids, MemoryUse, RunState, SavedState};
 use crate::qmp::{Migration, Qmp, QmpError};
 use crate::record::Monitor;
 use crate::supervised::{DEATH_PATIENCE, Supervised};
-use crate::{Machine, SavedDelta, VmmError};
+use crate::{LoadSpec, Machine, SavedDelta, VmmError};
 
 /// The longest that saving or loading a state may take without its memory.
 const STATE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// The layer that a machine writes to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TopLayer {
+    /// Its number in the chain; the base has 0.
+    pub(super) level: usize,
+    /// The set of descriptors that is its file.
+    pub(super) set: i32,
+}
 
 /// A machine in QEMU.
 pub(super) struct QemuMachine {
@@ -27,6 +36,8 @@ pub(super) struct QemuMachine {
     patience: Duration,
     /// QEMU may hold descriptors that it needs no more.
     transients: AtomicBool,
+    /// The layer it was started with on top; `None` when an earlier agent started it.
+    top_at_start: Option<TopLayer>,
 }
 
 impl QemuMachine {
@@ -34,6 +45,7 @@ impl QemuMachine {
     pub(super) async fn connect(
         dir: PathBuf,
         pids: MachinePids,
+        top: TopLayer,
         patience: Duration,
     ) -> Result<QemuMachine, VmmError> {
         let process = Supervised::started(dir, pids).await?;
@@ -49,6 +61,7 @@ impl QemuMachine {
                 process,
                 patience,
                 transients: AtomicBool::new(false),
+                top_at_start: Some(top),
             }),
             Err(source) => {
                 let killed = process.shoot();
@@ -103,6 +116,7 @@ impl QemuMachine {
             patience,
             // The earlier agent may have died before it saw to that.
             transients: AtomicBool::new(true),
+            top_at_start: None,
         };
         if *machine.qmp.run_state().borrow() == RunState::Running {
             machine.close_transients().await;
@@ -185,6 +199,10 @@ impl QemuMachine {
         .map(drop)
     }
 
+    pub(super) fn top_at_start(&self) -> Option<TopLayer> {
+        self.top_at_start
+    }
+
     /// How it ended, if it is about to.
     pub(super) async fn ended_soon(&self) -> Option<ExitReason> {
         self.process.ended_soon().await
@@ -251,6 +269,10 @@ impl QemuMachine {
 
 #[async_trait]
 impl Machine for QemuMachine {
+    async fn load(&self, spec: LoadSpec) -> Result<(), VmmError> {
+        self.become_saved(spec).await
+    }
+
     async fn resume(&self) -> Result<(), VmmError> {
         self.command("starting its processors", "cont", json!({}))
             .await?;

@@ -111,6 +111,7 @@ impl QemuVmm {
                 layers: LayerFormat::Qcow2,
                 kernel: KernelFormat::BzImage,
                 page_server: false,
+                stands_by: true,
             },
             launcher: config.launcher,
         }
@@ -154,6 +155,15 @@ impl Vmm for QemuVmm {
         delta: Delta,
     ) -> Result<Arc<dyn Machine>, VmmError> {
         let machine = self.start_saved(spec, Some(delta)).await?;
+        Ok(Arc::new(machine.claim()))
+    }
+
+    async fn stand_by(
+        &self,
+        machine: MachineSpec,
+        memory: Arc<SealedMemory>,
+    ) -> Result<Arc<dyn Machine>, VmmError> {
+        let machine = self.start_waiting(machine, &memory).await?;
         Ok(Arc::new(machine.claim()))
     }
 

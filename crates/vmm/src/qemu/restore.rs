@@ -14,21 +14,15 @@ use crate::delta::inject;
 use crate::guest_memory::GuestMemory;
 use crate::memfd::sealed_memfd;
 use crate::qmp::Migration;
-use crate::{Delta, RestoreSpec, SealedMemory, VmmError};
+use crate::{Delta, LoadSpec, MachineSpec, RestoreSpec, SealedMemory, VmmError};
 
 impl QemuVmm {
-    /// Starts QEMU on a private mapping of the memory, brings in what was changed of it, and
-    /// loads the state. The machine is stopped afterwards.
-    pub(super) async fn start_saved(
+    /// Starts QEMU on a private mapping of the memory; it waits for a state.
+    pub(super) async fn start_waiting(
         &self,
-        spec: RestoreSpec,
-        delta: Option<Delta>,
+        spec: MachineSpec,
+        memory: &SealedMemory,
     ) -> Result<QemuMachine, VmmError> {
-        let RestoreSpec {
-            machine: spec,
-            memory,
-            state,
-        } = spec;
         spec.check_memory(memory.bytes())?;
         let shared = |source| VmmError::File {
             what: "cannot share the memory of",
@@ -40,15 +34,29 @@ impl QemuVmm {
             initramfs: None,
         };
         let mapped = memory.share().map_err(shared)?;
-        let machine = self.start(spec, Start::Saved, mapped, kernel).await?;
-        let loaded = async {
-            if let Some(delta) = delta {
-                bring_in(&machine, memory, delta).await?;
-            }
-            load(&machine, state.as_fd()).await
-        };
-        let loaded = loaded.await;
-        if let Err(error) = loaded {
+        self.start(spec, Start::Saved, mapped, kernel).await
+    }
+
+    /// Starts QEMU on a private mapping of the memory, brings in what was changed of it, and
+    /// loads the state. The machine is stopped afterwards.
+    pub(super) async fn start_saved(
+        &self,
+        spec: RestoreSpec,
+        delta: Option<Delta>,
+    ) -> Result<QemuMachine, VmmError> {
+        let RestoreSpec {
+            machine,
+            memory,
+            state,
+        } = spec;
+        let machine = self.start_waiting(machine, &memory).await?;
+        let loaded = machine.become_saved(LoadSpec {
+            layers: Vec::new(),
+            memory,
+            state,
+            delta,
+        });
+        if let Err(error) = loaded.await {
             // What is reported is why it could not be loaded; a machine that also does not
             // die is found by its record.
             if let Err(error) = crate::Machine::kill(&machine).await {
@@ -57,6 +65,27 @@ impl QemuVmm {
             return Err(error);
         }
         Ok(machine)
+    }
+}
+
+impl QemuMachine {
+    /// See [`crate::Machine::load`].
+    pub(super) async fn become_saved(&self, spec: LoadSpec) -> Result<(), VmmError> {
+        let LoadSpec {
+            layers,
+            memory,
+            state,
+            delta,
+        } = spec;
+        // QEMU opens the layers while its memory is written from here.
+        let changed = async {
+            match delta {
+                Some(delta) => bring_in(self, memory, delta).await,
+                None => Ok(()),
+            }
+        };
+        tokio::try_join!(self.put_below_top(&layers), changed)?;
+        load(self, state.as_fd()).await
     }
 }
 

@@ -20,6 +20,7 @@ use crate::signals::Signals;
 /// virtualisation and for an idle guest of 512 MiB: milliseconds, bytes.
 const TARGET_PAUSE: f64 = 60.0;
 const TARGET_RESUME: f64 = 350.0;
+const TARGET_POOLED: f64 = 200.0;
 const TARGET_FORK: f64 = 350.0;
 const TARGET_FROZEN: f64 = 40.0;
 const TARGET_TEN: f64 = 2000.0;
@@ -28,6 +29,8 @@ const TARGET_SIZE: f64 = (8 << 20) as f64;
 const LARGER: f64 = 1.5;
 /// A sandbox is idle once its start has died away.
 const SETTLE: Duration = Duration::from_secs(2);
+/// How long the pool may take to have a machine.
+const POOL_PATIENCE: Duration = Duration::from_secs(30);
 /// Written anew between two checkpoints, to state what that costs.
 const DIRTIED_MIB: u32 = 100;
 
@@ -88,6 +91,7 @@ struct Bench<'a> {
 impl Bench<'_> {
     async fn measure(&mut self) -> Result<Vec<Phase>, Failure> {
         let mut phases = Vec::new();
+        self.pooled(&mut phases).await?;
         let small = self.create(None).await?;
         let pause = self.pauses(&small, &mut phases, "", TARGET_PAUSE).await?;
         self.forks(&small, &mut phases).await?;
@@ -136,6 +140,38 @@ impl Bench<'_> {
         }
     }
 
+    /// The same as a resume to its first program's end, of the template and from the pool.
+    async fn pooled(&mut self, phases: &mut Vec<Phase>) -> Result<(), Failure> {
+        self.say(&format!("{} sandboxes of the pool", self.args.n));
+        let mut took = Vec::new();
+        for _ in 0..self.args.n {
+            let patience = Instant::now();
+            while self.client.host().await?.pool_ready == 0 && patience.elapsed() < POOL_PATIENCE {
+                tokio::time::sleep(SETTLE / 10).await;
+            }
+            tokio::time::sleep(SETTLE).await;
+            let began = Instant::now();
+            let id = self
+                .client
+                .create(&CreateRequest::default())
+                .await?
+                .sandbox
+                .id;
+            self.made.push(id.clone());
+            self.shell(&id).await?;
+            took.push(ms(began));
+            self.clean().await;
+        }
+        let name = "template to bash -l -c true's end";
+        phases.push(Phase::new(
+            name,
+            Unit::Milliseconds,
+            took,
+            Some(TARGET_POOLED),
+        ));
+        Ok(())
+    }
+
     /// Pauses and resumes, the guest idle in between; gives the median pause.
     async fn pauses(
         &mut self,
@@ -147,6 +183,7 @@ impl Bench<'_> {
         self.say(&format!("{} pauses and resumes{of}", self.args.n));
         let (mut pause, mut resume, mut output) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.args.n {
+            tokio::time::sleep(SETTLE).await;
             let began = Instant::now();
             self.client.pause(id, true).await?;
             pause.push(ms(began));
@@ -177,6 +214,7 @@ impl Bench<'_> {
         self.say(&format!("{} forks of one child, then of ten", self.args.n));
         let (mut one, mut frozen) = (Vec::new(), Vec::new());
         for _ in 0..self.args.n {
+            tokio::time::sleep(SETTLE).await;
             let began = Instant::now();
             let steps = self.fork(id, 1).await?;
             one.push(ms(began));
