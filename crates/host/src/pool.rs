@@ -26,7 +26,7 @@ const INIT_PATIENCE: Duration = Duration::from_secs(20);
 /// After a failed attempt to make one, the pool waits so long.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// A monitor is started to stand by so long after it was seen that one is lacking.
-const STANDBY_PAUSE: Duration = Duration::from_millis(300);
+const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Waiting machines.
 pub struct Pool {
