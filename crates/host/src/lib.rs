@@ -29,6 +29,7 @@ mod agent;
 pub mod capacity;
 pub mod cgroups;
 mod config;
+mod diff;
 mod drain;
 mod events;
 mod guest;
