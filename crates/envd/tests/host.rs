@@ -320,3 +320,86 @@ fn malformed_requests_harm_nobody() {
         std::thread::sleep(Duration::from_millis(20));
     }
 }
+
+/// The lines of a chunked answer's body.
+fn lines(answer: &str) -> Vec<serde_json::Value> {
+    let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+    // The lines between are the lengths of chunks, and where one was cut in two.
+    let mut whole = String::new();
+    let mut rest = body;
+    while let Some((length, after)) = rest.split_once("\r\n") {
+        let length = usize::from_str_radix(length, 16).unwrap();
+        whole.push_str(&after[..length]);
+        rest = &after[length + 2..];
+    }
+    whole
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn an_inventory_has_programs_ports_and_files() {
+    let envd = Envd::start();
+    let dir = std::env::temp_dir().join(format!("envd-inventory-{}", std::process::id()));
+    std::fs::create_dir_all(dir.join("sub")).unwrap();
+    for n in 0..1500 {
+        std::fs::write(dir.join(format!("sub/file-{n:04}")), "x").unwrap();
+    }
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = u64::from(listener.local_addr().unwrap().port());
+    let path = format!("/snapshot/inventory?path={}", dir.display());
+    let (status, answer) = http(&envd, "POST", &path, &[], "");
+    assert_eq!(status, 200, "{answer}");
+    let lines = lines(&answer);
+    let ports = lines[0]["ports"].as_array().unwrap();
+    assert!(ports.iter().any(|one| one["port"] == port), "{ports:?}");
+    let own = u64::from(envd.address.port());
+    assert!(!ports.iter().any(|one| one["port"] == own), "{ports:?}");
+    let processes = lines[0]["processes"].as_array().unwrap();
+    let me = std::process::id();
+    assert!(
+        processes.iter().any(|one| one["pid"] == me),
+        "{processes:?}"
+    );
+    assert!(!processes.iter().any(|one| one["pid"] == envd.pid()));
+    assert_eq!(lines.len(), 1 + 2 + 1500 + 1);
+    assert_eq!(lines[3]["path"], format!("{}/sub/file-0000", dir.display()));
+    let last = lines.last().unwrap();
+    assert_eq!(
+        (&last["end"], &last["truncated"]),
+        (&true.into(), &false.into())
+    );
+    // What two of them hold, and of what is not there, nothing.
+    let body = serde_json::json!({"paths": [
+        {"path": dir.join("sub/file-0000")}, {"path": dir.join("sub/file-0001")}, {"path": "/none"},
+    ]});
+    let (status, answer) = http(&envd, "POST", "/snapshot/digests", &[], &body.to_string());
+    assert_eq!(status, 200, "{answer}");
+    let body: serde_json::Value =
+        serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let digests = body["digests"].as_array().unwrap();
+    assert!(digests[0].is_string() && digests[0] == digests[1] && digests[2].is_null());
+    std::fs::remove_dir_all(&dir).unwrap();
+    for refused in ["relative", "/a/../b", "/proc/self"] {
+        let path = format!("/snapshot/inventory?path={refused}");
+        assert_eq!(http(&envd, "POST", &path, &[], "").0, 400, "{refused}");
+    }
+    assert_eq!(http(&envd, "POST", "/snapshot/digests", &[], "{}").0, 400);
+}
+
+#[test]
+fn g33_an_inventory_needs_the_token() {
+    let envd = Envd::start();
+    init(&envd, None, r#"{"restoreID":"r1","accessToken":"secret"}"#);
+    for (path, body) in [
+        ("/snapshot/inventory?path=/tmp", ""),
+        ("/snapshot/digests", r#"{"paths":[]}"#),
+    ] {
+        assert_eq!(http(&envd, "POST", path, &[], body).0, 401, "{path}");
+        let wrong = [("x-access-token", "wrong")];
+        assert_eq!(http(&envd, "POST", path, &wrong, body).0, 401, "{path}");
+        let right = [("x-access-token", "secret")];
+        assert_eq!(http(&envd, "POST", path, &right, body).0, 200, "{path}");
+    }
+}

@@ -28,7 +28,7 @@ use crate::machine::{MachineError, Site, machine_folders, name_of, record_in};
 use crate::metrics;
 use crate::pool::Pool;
 use crate::rpc::HostRpc;
-use crate::sandbox::{Common, DialFailure, Everything, Manager, Paused};
+use crate::sandbox::{Common, DialFailure, Diffs, Everything, Manager, Paused};
 use crate::snapshots::Snapshots;
 use crate::template::{TemplateError, TemplateStore};
 
@@ -335,6 +335,7 @@ impl HostAgent {
             templates: templates.clone(),
             pool: pool.clone(),
             snapshots: snapshots.clone(),
+            diffs: Diffs::default(),
             merges: tokio::sync::Semaphore::new(1),
             restores: tokio::sync::Semaphore::new(cpus * RESTORES_PER_CPU),
             events: events.clone(),
@@ -422,6 +423,7 @@ impl HostAgent {
     /// or are ended with `destroy`.
     pub async fn shutdown(self, destroy: bool) {
         self.parts.manager.close();
+        self.parts.manager.end_diffs().await;
         self.sampler.abort();
         if destroy {
             for (id, error) in self.parts.manager.destroy_all().await.failed {

@@ -1,6 +1,8 @@
 //! The host's side of the guest agent: its restore hook, its processes and its files,
 //! over connections opened inside the sandbox's network slot.
 
+mod inventory;
+
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -24,6 +26,10 @@ use tokio::net::TcpStream;
 use wrenn_net::GuestDialer;
 use wrenn_types::AccessToken;
 use wrenn_wire::process::ProcessClient;
+
+pub use inventory::{
+    FileKind, GuestFile, GuestPath, GuestPort, GuestProcess, Inventory, lists_nothing,
+};
 
 /// The guest agent's port, in every guest.
 pub const ENVD_PORT: u16 = 49983;

@@ -100,7 +100,7 @@ struct Sealed {
 
 impl Manifest {
     /// The bytes of `manifest.json`.
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, serde_json::Error> {
+    pub fn to_bytes(&self) -> Result<Vec<u8>, serde_json::Error> {
         let sha256 = Digest::of(&serde_json::to_vec(self)?);
         let mut bytes = serde_json::to_vec_pretty(&Sealed {
             manifest: self.clone(),

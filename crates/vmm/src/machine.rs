@@ -165,8 +165,8 @@ pub struct MachineSpec {
     /// Hardware address of `eth0`.
     pub mac: [u8; 6],
     /// What the guest reads under `fw_cfg` name `opt/wrenn/restore` in QEMU. In Firecracker it
-    /// is the whole document of the metadata service (MMDS, version 2), so it must be JSON
-    /// padded with zeros, and a machine without a network has none.
+    /// is the whole document of the metadata service (MMDS, version 2) at 169.254.87.1, so it must
+    /// be JSON padded with zeros, and a machine without a network has none.
     pub identity: Box<[u8; IDENTITY_BYTES]>,
     /// Descriptors for the keeper's companions (the slot's DNS relay).
     pub companions: Vec<OwnedFd>,

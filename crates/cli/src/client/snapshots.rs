@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 use super::sandboxes::phases;
 use super::{Client, ClientError};
 
+/// What is compared may have to be restored, and read.
+const DIFF_PATIENCE: Duration = Duration::from_secs(330);
+
 impl Client {
     /// A `POST` about a sandbox, and its answer.
     async fn change(&self, id: &str, verb: &str, body: &Value) -> Result<Value, ClientError> {
@@ -75,6 +78,23 @@ impl Client {
     pub(crate) async fn rollback(&self, id: &str, checkpoint: &str) -> Result<Value, ClientError> {
         self.change(id, "rollback", &json!({ "checkpoint": checkpoint }))
             .await
+    }
+
+    /// What differs between a sandbox and a checkpoint of it, or another sandbox.
+    pub(crate) async fn diff(
+        &self,
+        id: &str,
+        against: &str,
+        path: Option<&str>,
+        limit: u32,
+    ) -> Result<Value, ClientError> {
+        let request = self.lookup(&["v1", "sandboxes", id, "diff"]);
+        let request = request.query(&[("against", against), ("limit", &limit.to_string())]);
+        let request = match path {
+            Some(path) => request.query(&[("path", path)]),
+            None => request,
+        };
+        self.json(request.timeout(DIFF_PATIENCE)).await
     }
 
     /// Makes a template of a sandbox.

@@ -42,6 +42,14 @@ pub(super) async fn sweep(
     destroy: bool,
     dry_run: bool,
 ) -> Result<SweepReport, Failure> {
+    let config = host_config(settings)?;
+    wrenn_host::sweep(config, destroy, dry_run)
+        .await
+        .map_err(|error| Failure::from_error(&error).code("gc"))
+}
+
+/// A data folder, for what is done while no server runs on it.
+pub(super) fn host_config(settings: &Settings) -> Result<HostConfig, Failure> {
     let exe = std::env::current_exe().map_err(|error| {
         Failure::message(format!("cannot find this program's own file: {error}"))
     })?;
@@ -49,9 +57,7 @@ pub(super) async fn sweep(
     let mut config = HostConfig::new(settings.data_dir.clone(), HostId::new(), exe);
     let up = settings.up(&super::up::Args::default(), &crate::environment)?;
     config.driver = up.host.vmm.driver();
-    wrenn_host::sweep(config, destroy, dry_run)
-        .await
-        .map_err(|error| Failure::from_error(&error).code("gc"))
+    Ok(config)
 }
 
 fn show(report: &SweepReport, dry_run: bool, printer: &Printer) {

@@ -254,8 +254,31 @@ async fn tell(
             "death": {"last_command": "curl -H 'Authorization: Bearer abc.def-ghi'"},
         }))
         .into_response(),
+        "diff" => diff(&query),
         _ => Json(json!({"what": what})).into_response(),
     }
+}
+
+/// With itself nothing differs; with `nope` it is not compared.
+fn diff(query: &BTreeMap<String, String>) -> Response {
+    let against = query.get("against").cloned().unwrap_or_default();
+    if against == "nope" {
+        return error(404, "not_found", "there is no checkpoint `nope`");
+    }
+    if against == crate::B {
+        return Json(json!({"files": [], "processes": [], "ports": []})).into_response();
+    }
+    let file = |path: &str, change: &str, size: u64| json!({"path": path, "change": change, "type": "file", "mode": "0644", "size": size});
+    let mut changed = file("/etc/motd", "changed", 2048);
+    changed["before"] = json!({"type": "file", "mode": "0600", "size": 1024});
+    Json(json!({
+        "against": {"checkpoint": against}, "query": query,
+        "files": [changed, file("/root/new", "added", 5), file("/root/old", "removed", 6)],
+        "processes": [{"change": "added", "pid": 77, "uid": 1000, "command": "sleep 9"}],
+        "ports": [{"change": "removed", "port": 8000, "address": "0.0.0.0"}],
+        "truncated": true, "unread_files": 3,
+    }))
+    .into_response()
 }
 
 /// Pause, resume, rollback and fork. The second child of a fork finds no room.

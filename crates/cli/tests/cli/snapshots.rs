@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::{A, fake::Fake, run};
+use crate::{A, B, fake::Fake, run};
 
 /// The last line that went out, without its end.
 fn line(text: &str) -> &str {
@@ -168,4 +168,62 @@ fn snapshots_are_made_listed_and_deleted() {
     assert_eq!(run(&fake, &alone).code, 0);
     let asked = fake.seen().asked.last().cloned().unwrap();
     assert_eq!(asked.2["memory"], false);
+}
+
+#[test]
+fn a_sandbox_is_compared() {
+    let fake = Fake::start();
+    fake.add(A);
+    fake.add(B);
+    run(
+        &fake,
+        &["sandbox", "checkpoint", "00aa", "--name", "before"],
+    );
+    let ask = |more: &[&str]| {
+        let words = [&["sandbox", "diff", "00aa", "--against"], more].concat();
+        run(&fake, &words)
+    };
+    let told = ask(&["before", "--path", "/root"]);
+    assert_eq!(told.code, 0, "{}", told.stderr);
+    let rows: Vec<String> = told
+        .text()
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
+    assert_eq!(
+        rows,
+        [
+            "FILE TYPE MODE SIZE",
+            "~ /etc/motd file 0600 → 0644 1.00 KiB → 2.00 KiB",
+            "+ /root/new file 0644 5 B",
+            "- /root/old file 0644 6 B",
+            "PROCESS UID COMMAND",
+            "+ 77 1000 sleep 9",
+            "PORT ADDRESS",
+            "- 8000 0.0.0.0",
+        ]
+    );
+    assert!(
+        told.stderr.contains("--limit") && told.stderr.contains("3 files"),
+        "{}",
+        told.stderr
+    );
+    let json = ask(&["before", "--path", "/root", "--json"]).json();
+    assert_eq!(
+        json["query"],
+        json!({"against": "before", "path": "/root", "limit": "1000"})
+    );
+    // The other is named as sandboxes are.
+    let same = ask(&["00bb"]);
+    assert_eq!((same.code, same.text()), (0, ""), "{}", same.stderr);
+    assert!(same.stderr.contains("nothing differs"), "{}", same.stderr);
+    let unknown = ask(&["nope"]);
+    assert_eq!(unknown.code, 1);
+    assert!(
+        unknown.stderr.contains("no checkpoint"),
+        "{}",
+        unknown.stderr
+    );
+    assert_eq!(run(&fake, &["sandbox", "diff", "00aa"]).code, 2);
+    assert_eq!(ask(&["before", "--limit", "0"]).code, 2);
 }

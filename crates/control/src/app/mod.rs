@@ -1,6 +1,7 @@
 //! Use cases: what the API can do, without HTTP. Both HTTP layers only translate.
 
 mod create;
+mod diff;
 mod drain;
 mod exec;
 mod failure;
@@ -26,6 +27,7 @@ use wrenn_store::{Store, Timestamp};
 use wrenn_types::{SandboxId, TeamId};
 
 pub(crate) use create::{Clock, CreateSpec, Phase};
+pub(crate) use diff::{Against, Compared};
 pub use drain::Everything;
 pub(crate) use drain::since;
 pub(crate) use exec::{ExecDone, ExecSpec, Following, Input, OUTPUT_LIMIT, ProcessEvent, Selector};

@@ -21,9 +21,17 @@ pub(crate) async fn list_inspect_and_verify_tell_the_truth(data_dir: &Path) {
     for part in ["python3", "bash", "sha256"] {
         assert!(image.contains(part), "{part} is not in {image}");
     }
+    // What has a name, and what is made of it, is never pruned (G18).
+    assert!(list.stdout.contains(" template"), "{list:?}");
+    let would = cli.run(&["image", "prune", "--dry-run", "--json"]).await;
+    let would = would.expect_code(0).json();
+    let pruned = cli.run(&["image", "prune", "--json"]).await;
+    assert_eq!(pruned.expect_code(0).json(), would);
     cli.run(&["image", "verify", "minimal"])
         .await
         .expect_code(0);
+    let list = cli.run(&["image", "list"]).await.expect_code(0);
+    assert!(list.stdout.contains(" template"), "{list:?}");
 }
 
 pub(crate) async fn an_unknown_image_is_named(data_dir: &Path) {

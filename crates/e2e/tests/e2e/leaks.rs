@@ -79,6 +79,8 @@ async fn save(api: &Api, id: &str) {
     ] {
         api.post(&path(verb), &body).await.expect(status);
     }
+    let diff = api.get(&path("diff?against=point")).await.expect(200);
+    assert_eq!(diff.json()["files"], json!([]), "{}", diff.describe());
     let forked = api.post(&path("fork"), &json!({})).await.expect(201).json();
     let child = forked[0]["id"].as_str().expect("a child");
     assert_eq!(api.shell(child, "cat f").await, "x\n");

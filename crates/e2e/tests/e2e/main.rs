@@ -15,6 +15,7 @@
 
 mod bad_input;
 mod cli;
+mod diff;
 mod e2b;
 mod files;
 mod freeze;
@@ -82,6 +83,7 @@ fn shared() -> Vec<(&'static str, Shared)> {
             g09_time_pauses_where_asked_and_traffic_wakes;
         operations: g40_a_bundle_of_a_real_sandbox_holds_no_secret;
         freeze: g26_a_pause_in_the_middle_of_everything, a_checkpoint_in_the_middle_breaks_nothing;
+        diff: a_diff_shows_exactly_what_was_done;
         e2b: the_published_python_client_works, the_published_node_client_works;
     }
 }
@@ -95,6 +97,7 @@ fn exclusive() -> Vec<(&'static str, Exclusive)> {
         images: list_inspect_and_verify_tell_the_truth, g16_a_damaged_image_is_named_and_not_started,
             an_unknown_image_is_named;
         leaks: g07_cycles_leave_nothing;
+        diff: g07_a_diff_that_is_cut_off_leaves_nothing;
         snapshots: g02_g04_paused_sandboxes_outlive_the_server,
             g16_a_damaged_snapshot_is_named_and_not_started;
         operations: a_drained_host_stays_drained_until_it_is_told,

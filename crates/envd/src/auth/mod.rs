@@ -157,11 +157,17 @@ pub fn signature_allows(
 }
 
 /// Whether a route judges its requests itself or is open to all: the health check, the
-/// restore hook (which compares its own token) and `/files` (token or signature).
+/// restore hook and what is asked before it (which take the machine's own token too) and
+/// `/files` (token or signature).
 fn judged_elsewhere(method: &Method, path: &str) -> bool {
     matches!(
         (method.as_str(), path),
-        ("GET" | "HEAD", "/health") | ("POST", "/init") | ("GET" | "HEAD" | "POST", "/files")
+        ("GET" | "HEAD", "/health")
+            | (
+                "POST",
+                "/init" | "/snapshot/inventory" | "/snapshot/digests"
+            )
+            | ("GET" | "HEAD" | "POST", "/files")
     )
 }
 
@@ -211,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn g33_only_three_routes_are_judged_elsewhere() {
+    fn g33_only_five_routes_are_judged_elsewhere() {
         for (method, path) in [
             ("GET", "/metrics"),
             ("GET", "/envs"),

@@ -5,9 +5,10 @@ use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
-/// Where Firecracker answers.
+/// Where Firecracker answers: as `wrenn-vmm` configures it. Not 169.254.169.254, where programs
+/// look for the metadata of a cloud, of which a guest is to find none.
 pub(super) const ADDRESS: SocketAddr =
-    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)), 80);
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(169, 254, 87, 1)), 80);
 /// The VMM answers within a millisecond; somebody else, or nobody, may take for ever.
 const LIMIT: Duration = Duration::from_millis(300);
 /// The most that is read; the document is a few hundred bytes.

@@ -12,6 +12,7 @@ mod certificate;
 mod guest;
 mod identity;
 mod init;
+mod inventory;
 mod memory;
 mod metrics;
 mod mmds;
@@ -222,6 +223,8 @@ pub fn router(host: Arc<Host>) -> axum::Router {
         .route("/snapshot/prepare", post(prepare))
         .route("/snapshot/undo", post(undo))
         .route("/snapshot/rehearse", post(rehearse))
+        .route("/snapshot/inventory", post(inventory::inventory))
+        .route("/snapshot/digests", post(inventory::digests))
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY))
         .with_state(host)
 }

@@ -19,13 +19,13 @@ pub struct Listener {
 
 /// Reads the tables into buffers that are used again.
 #[derive(Debug, Default)]
-pub(super) struct Tables {
+pub(crate) struct Tables {
     buffers: [Vec<u8>; 2],
 }
 
 impl Tables {
     /// All listeners. A table that is not there (no IPv6) is empty.
-    pub(super) fn read(&mut self) -> io::Result<impl Iterator<Item = Listener> + '_> {
+    pub(crate) fn read(&mut self) -> io::Result<impl Iterator<Item = Listener> + '_> {
         for (path, buffer) in FILES.iter().zip(&mut self.buffers) {
             buffer.clear();
             match File::open(path) {

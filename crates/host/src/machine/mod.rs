@@ -109,9 +109,14 @@ pub struct Record {
 const RECORD: &str = "record.json";
 const RECORD_VERSION: u32 = 1;
 
+/// What is written about the machine in this folder, of whatever version; `None` when nothing is.
+pub fn read_record(folder: &Path) -> std::io::Result<Option<Record>> {
+    read_json(folder, RECORD)
+}
+
 /// What is written about the machine in this folder; `None` when that cannot be read.
 pub fn record_in(folder: &Path) -> Option<Record> {
-    let record: Option<Record> = read_json(folder, RECORD).ok().flatten();
+    let record = read_record(folder).ok().flatten();
     record.filter(|record| record.version == RECORD_VERSION)
 }
 

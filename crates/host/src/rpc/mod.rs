@@ -1,6 +1,7 @@
 //! The host agent's RPC service: requests are checked and turned into our own types here,
 //! and into nothing else.
 
+mod diff;
 mod drain;
 mod exec;
 mod files;
@@ -68,6 +69,7 @@ impl From<SandboxError> for ConnectError {
             SandboxError::NotRunning { .. } => {
                 return with_reason(ConnectError::failed_precondition(text), "not_running");
             }
+            SandboxError::NotComparable(..) => return ConnectError::failed_precondition(text),
             SandboxError::Template(TemplateError::Unknown { .. }) => {
                 return with_reason(ConnectError::not_found(text), "template_not_found");
             }

@@ -160,6 +160,14 @@ impl HostService for HostRpc {
         done(self.roll_back(request.to_owned_message()).await)
     }
 
+    async fn diff_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, DiffSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<DiffSandboxResponse> + Send + use<>> {
+        answer(self.diff(request.to_owned_message()).await)
+    }
+
     async fn exec(
         &self,
         _: RequestContext,

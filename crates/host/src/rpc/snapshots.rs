@@ -17,7 +17,7 @@ use crate::snapshots::{KEPT, LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TE
 /// A fork makes at most so many children at once.
 const MOST_CHILDREN: usize = 100;
 
-fn snapshot_id(text: &str) -> Result<SnapshotId, ConnectError> {
+pub(super) fn snapshot_id(text: &str) -> Result<SnapshotId, ConnectError> {
     text.parse()
         .map_err(|_| ConnectError::invalid_argument(format!("`{text}` is no snapshot id")))
 }

@@ -111,6 +111,7 @@ pub(super) enum Request {
     Resume(Resume, Answer<Resumed>),
     Save(Order, Answer<Kept>),
     Rollback(SnapshotId, Answer<Resumed>),
+    Hold(String, Answer<Option<SnapshotId>>),
     Network(NetworkChange),
 }
 
@@ -349,6 +350,11 @@ impl Handle {
     /// Puts it back to a snapshot of itself.
     pub async fn roll_back(&self, snapshot: SnapshotId) -> Result<Resumed, SandboxError> {
         self.ask(|answer| Request::Rollback(snapshot, answer)).await
+    }
+
+    /// The snapshot it is paused as, pinned for `owner`; `None` when it has a machine.
+    pub(super) async fn hold(&self, owner: String) -> Result<Option<SnapshotId>, SandboxError> {
+        self.ask(|answer| Request::Hold(owner, answer)).await
     }
 
     pub(super) async fn ask<T>(

@@ -1,6 +1,7 @@
 //! Sandboxes: one owner task each, found through the manager.
 
 mod death;
+mod diff;
 mod everything;
 mod handle;
 mod journal;
@@ -14,6 +15,7 @@ mod room;
 mod transitions;
 
 pub use death::cpu_ms;
+pub use diff::{Against, Diffs};
 pub use everything::Everything;
 pub use handle::{Certificate, Handle, Live, Order, Resume};
 pub use journal::Journal;
@@ -85,6 +87,9 @@ pub enum SandboxError {
         /// What was asked for.
         snapshot: SnapshotId,
     },
+    /// It cannot be compared.
+    #[error("{0} cannot be compared: {1}")]
+    NotComparable(SandboxId, &'static str),
     /// What it is to reach cannot be read.
     #[error(transparent)]
     Network(#[from] wrenn_net::PolicyError),

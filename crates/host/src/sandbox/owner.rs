@@ -20,6 +20,7 @@ use wrenn_types::{SandboxId, SandboxState};
 use wrenn_vmm::RunState;
 
 use super::death::{End, certificate, console_of, cpu_ms, death};
+use super::diff::Diffs;
 use super::handle::{
     About, Answer, Certificate, Handle, LastCommand, Live, Request, Resume, Resumed, SharedLive,
     View, set_live,
@@ -60,6 +61,8 @@ pub struct Common {
     pub snapshots: Arc<Snapshots>,
     /// How many may be restored at the same time: more would only slow each other down.
     pub restores: tokio::sync::Semaphore,
+    /// Comparisons under way.
+    pub diffs: Diffs,
     /// How many chains of saves may be merged at the same time.
     pub merges: tokio::sync::Semaphore,
     /// Where what happens is written down.
@@ -292,6 +295,7 @@ impl Owner {
                             certificate: self.certificate(),
                         }));
                     }
+                    Some(Request::Hold(_, answer)) => drop(answer.send(Ok(None))),
                     Some(Request::Network(change)) => {
                         self.network(change, &machine, &mut journal).await;
                     }
@@ -405,6 +409,11 @@ impl Owner {
                         id: self.id,
                         state: SandboxState::Paused,
                     });
+                }
+                Some(Request::Hold(owner, answer)) => {
+                    let held = self.common.snapshots.pin(paused.snapshot, &owner).await;
+                    let held = held.map(|()| Some(paused.snapshot));
+                    let _ = answer.send(held.map_err(Into::into));
                 }
                 Some(Request::Pause(_, answer)) => drop(answer.send(Ok(PauseDone {
                     now: false,
@@ -574,6 +583,7 @@ impl Owner {
                 Request::Resume(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Save(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Rollback(_, answer) => drop(answer.send(Err(gone()))),
+                Request::Hold(_, answer) => drop(answer.send(Err(gone()))),
                 Request::Network(change) => self.no_network(change, gone),
             }
         }

@@ -1,10 +1,11 @@
 //! What an owner does to get from one body to another. Each either succeeds or leaves things
 //! as they were.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use wrenn_snapshot::SnapshotId;
-use wrenn_types::{AccessToken, SandboxState};
+use wrenn_snapshot::{Snapshot, SnapshotId};
+use wrenn_types::{AccessToken, SandboxId, SandboxState};
 
 use super::death::{End, console_of, death};
 use super::handle::{Certificate, Kept, Order, Resume, Resumed};
@@ -21,6 +22,69 @@ use crate::snapshots::{LABEL_SANDBOX, Saver, Scope, Then, thaw};
 /// A sandbox with an absolute end that is resumed after it, and not told a new one, lives for
 /// this long.
 const RESUMED_FOR: Duration = Duration::from_secs(300);
+
+impl Common {
+    /// Restores a machine when it is its turn.
+    pub(super) async fn bring_up(
+        &self,
+        origin: &Origin,
+        phases: &mut Phases,
+    ) -> Result<(LiveMachine, String), SandboxError> {
+        let mut clock = Instant::now();
+        let _pool_waits = self.pool.pause().await;
+        // The semaphore is never closed.
+        let _turn = self.restores.acquire().await;
+        phases.note("queue", &mut clock);
+        let standby = match origin.boots() {
+            true => None,
+            false => self.pool.stand_in(&origin.template).await,
+        };
+        Ok(match standby {
+            Some(standby) => standby.restore(&self.site, origin, phases).await?,
+            None => restore(&self.site, origin, phases).await?,
+        })
+    }
+
+    /// What a machine is restored from that is to be `snapshot`, or to have its disk.
+    pub(super) async fn origin(
+        &self,
+        id: SnapshotId,
+        generation: u64,
+        disk_only: bool,
+    ) -> Result<Origin, SandboxError> {
+        let snapshot = self.snapshots.load(id).await?;
+        let description = &snapshot.manifest().description;
+        let template = description.origin.template.clone().unwrap_or_default();
+        let template = self.templates.of_snapshot(&template).await?;
+        Ok(Origin {
+            template,
+            snapshot: Some(snapshot),
+            generation,
+            disk_only,
+        })
+    }
+
+    /// Whether `id` is a kept snapshot of this very sandbox; it is returned.
+    pub(super) async fn own_snapshot(
+        &self,
+        sandbox: SandboxId,
+        id: SnapshotId,
+    ) -> Result<Arc<Snapshot>, SandboxError> {
+        let foreign = || SandboxError::ForeignSnapshot {
+            id: sandbox,
+            snapshot: id,
+        };
+        if !self.snapshots.is_kept(id).await? {
+            return Err(foreign());
+        }
+        let snapshot = self.snapshots.load(id).await?;
+        let labels = &snapshot.manifest().description.labels;
+        match labels.get(LABEL_SANDBOX) == Some(&sandbox.to_string()) {
+            true => Ok(snapshot),
+            false => Err(foreign()),
+        }
+    }
+}
 
 impl Owner {
     /// Gets a machine, writes it down as this sandbox's, lets it run and tells its guest
@@ -54,7 +118,7 @@ impl Owner {
         let mut phases = Phases::default();
         let mut clock = Instant::now();
         let origin = match create.snapshot {
-            Some(id) => self.origin(id, 1, false).await?,
+            Some(id) => self.common.origin(id, 1, false).await?,
             None => Origin::template(templates.get(site, &create.template, create.shape).await?),
         };
         phases.note("template", &mut clock);
@@ -71,7 +135,7 @@ impl Owner {
         };
         let (machine, restore_id) = match waiting {
             Some(machine) => (machine, restore_id),
-            None => self.bring_up(&origin, &mut phases).await?,
+            None => self.common.bring_up(&origin, &mut phases).await?,
         };
         let handing = HandOver {
             journal: &mut journal,
@@ -90,51 +154,6 @@ impl Owner {
                 Err(error)
             }
         }
-    }
-
-    async fn bring_up(
-        &self,
-        origin: &Origin,
-        phases: &mut Phases,
-    ) -> Result<(LiveMachine, String), SandboxError> {
-        let mut clock = Instant::now();
-        let _pool_waits = self.common.pool.pause().await;
-        // The semaphore is never closed.
-        let _turn = self.common.restores.acquire().await;
-        phases.note("queue", &mut clock);
-        let Common { site, pool, .. } = &*self.common;
-        let standby = match origin.boots() {
-            true => None,
-            false => pool.stand_in(&origin.template).await,
-        };
-        Ok(match standby {
-            Some(standby) => standby.restore(site, origin, phases).await?,
-            None => restore(site, origin, phases).await?,
-        })
-    }
-
-    /// What a machine is restored from that is to be `snapshot`, or to have its disk.
-    async fn origin(
-        &self,
-        id: SnapshotId,
-        generation: u64,
-        disk_only: bool,
-    ) -> Result<Origin, SandboxError> {
-        let Common {
-            templates,
-            snapshots,
-            ..
-        } = &*self.common;
-        let snapshot = snapshots.load(id).await?;
-        let description = &snapshot.manifest().description;
-        let template = description.origin.template.clone().unwrap_or_default();
-        let template = templates.of_snapshot(&template).await?;
-        Ok(Origin {
-            template,
-            snapshot: Some(snapshot),
-            generation,
-            disk_only,
-        })
     }
 
     /// Lets a machine run that stands still, as this sandbox.
@@ -323,10 +342,11 @@ impl Owner {
         let mut clock = Instant::now();
         let generation = paused.generation + 1;
         let origin = self
+            .common
             .origin(paused.snapshot, generation, resume.boot)
             .await?;
         phases.note("snapshot", &mut clock);
-        let (machine, restore_id) = self.bring_up(&origin, &mut phases).await?;
+        let (machine, restore_id) = self.common.bring_up(&origin, &mut phases).await?;
         let lifetime = resume.lifetime;
         let lifetime = lifetime.unwrap_or_else(|| still_to_live(paused.journal.lifetime));
         let journal = match origin.boots() {
@@ -370,24 +390,6 @@ impl Owner {
         }
     }
 
-    /// Whether `id` is a kept snapshot of this very sandbox.
-    async fn own_snapshot(&self, id: SnapshotId) -> Result<(), SandboxError> {
-        let snapshots = &self.common.snapshots;
-        let foreign = || SandboxError::ForeignSnapshot {
-            id: self.id,
-            snapshot: id,
-        };
-        if !snapshots.is_kept(id).await? {
-            return Err(foreign());
-        }
-        let snapshot = snapshots.load(id).await?;
-        let labels = &snapshot.manifest().description.labels;
-        match labels.get(LABEL_SANDBOX) == Some(&self.id.to_string()) {
-            true => Ok(()),
-            false => Err(foreign()),
-        }
-    }
-
     /// Brings up a machine as it was at the snapshot, and makes it the sandbox's in place of
     /// `machine`, which stands still and is the caller's to give back. If this fails,
     /// `machine` runs on.
@@ -397,7 +399,7 @@ impl Owner {
         journal: &Journal,
         id: SnapshotId,
     ) -> Result<(LiveMachine, Journal, Resumed), SandboxError> {
-        self.own_snapshot(id).await?;
+        self.common.own_snapshot(self.id, id).await?;
         let site = &self.common.site;
         let owner = self.id.to_string();
         let parent_before = journal.line.parent;
@@ -408,10 +410,11 @@ impl Owner {
             let mut phases = Phases::default();
             let mut clock = Instant::now();
             let origin = self
+                .common
                 .origin(id, machine.record.generation + 1, false)
                 .await?;
             phases.note("snapshot", &mut clock);
-            let (other, restore_id) = self.bring_up(&origin, &mut phases).await?;
+            let (other, restore_id) = self.common.bring_up(&origin, &mut phases).await?;
             let mut journal = journal.restored_from(id);
             let handed = async {
                 let handing = HandOver {
@@ -462,7 +465,7 @@ impl Owner {
         paused: &Paused,
         id: SnapshotId,
     ) -> Result<Paused, SandboxError> {
-        self.own_snapshot(id).await?;
+        self.common.own_snapshot(self.id, id).await?;
         let owner = self.id.to_string();
         self.common.snapshots.pin(id, &owner).await?;
         let mut back = paused.clone();

@@ -40,6 +40,11 @@ const PAGES_SOCKET: &str = "pages.sock";
 /// Identifiers of devices: a state names them.
 pub(super) const DRIVE_ID: &str = "disk";
 const INTERFACE_ID: &str = "eth0";
+/// Where the metadata service answers a guest, which asks it who it is after a restore; known to
+/// `wrenn-envd` too. The default, 169.254.169.254, is where programs look for the metadata of the
+/// cloud they run in: from a guest nothing is to answer there (G35). Firecracker takes none of
+/// 169.254.0.0/24, so it can be none of the guest's own network.
+const IDENTITY_ADDRESS: &str = "169.254.87.1";
 
 /// Firecracker's descriptors. The first two are where it writes what it saves; a later agent
 /// finds them under these numbers, see [`FirecrackerMachine::adopt`].
@@ -174,6 +179,7 @@ impl FirecrackerVmm {
             let mmds = MmdsConfig {
                 version: "V2",
                 network_interfaces: [INTERFACE_ID],
+                ipv4_address: IDENTITY_ADDRESS,
             };
             machine.put(doing, "/mmds/config", &mmds).await?;
             tell_identity(machine, &spec.identity).await?;

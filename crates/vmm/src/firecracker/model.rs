@@ -53,6 +53,7 @@ pub(super) struct NetworkInterface<'a> {
 pub(super) struct MmdsConfig<'a> {
     pub(super) version: &'a str,
     pub(super) network_interfaces: [&'a str; 1],
+    pub(super) ipv4_address: &'a str,
 }
 
 /// `PUT /balloon`.

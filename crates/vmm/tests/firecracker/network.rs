@@ -134,6 +134,8 @@ async fn g20_a_machine_comes_back_on_another_tap_with_its_own_identity() {
     assert_eq!(ask(&dir, "/mmds").await["restoreID"], "first");
     let config = ask(&dir, "/vm/config").await;
     assert_eq!(config["mmds-config"]["version"], "V2", "{config}");
+    // G35: not where programs look for the metadata of a cloud.
+    assert_eq!(config["mmds-config"]["ipv4_address"], "169.254.87.1");
     let interface = &config["network-interfaces"][0];
     assert_eq!(interface["guest_mac"], "02:fc:00:00:00:05");
     assert_eq!(config["machine-config"]["track_dirty_pages"], true);

@@ -1,5 +1,6 @@
 //! `wrenn bench …`: what this installation takes for what it does.
 
+mod ground;
 mod guest;
 mod host;
 mod machine;

@@ -2,19 +2,18 @@
 //!
 //! Measured from the outside, through the API. Every sandbox it makes it ends.
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::report::{self, Phase, Unit, load_average};
+use super::ground::{Ground, conditions, ms};
+use super::report::{self, Phase, Unit};
 use crate::args::OutputArgs;
-use crate::client::{Client, Command, CreateRequest};
+use crate::client::CreateRequest;
 use crate::commands::Context;
-use crate::commands::sandbox::kill::destroy_all;
 use crate::error::Failure;
 use crate::exit::Exit;
-use crate::output::with_spinner;
-use crate::signals::Signals;
 
 /// What the median of each phase should not exceed, on two cores without hardware
 /// virtualisation and for an idle guest of 512 MiB: milliseconds, bytes.
@@ -51,44 +50,23 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let host = client.host().await?;
-    let mut signals = Signals::listen()
-        .map_err(|error| Failure::message(format!("cannot listen for signals: {error}")))?;
-    let mut bench = Bench {
-        client: &client,
-        context,
-        args,
-        made: Vec::new(),
+    let mut ground = Ground::new(&client, context);
+    let measured = ground.measure(async |ground| Bench { ground, args }.measure().await);
+    let phases = match measured.await? {
+        ControlFlow::Continue(phases) => phases,
+        ControlFlow::Break(exit) => return Ok(exit),
     };
-    let outcome = tokio::select! {
-        outcome = bench.measure() => outcome.map(Ok),
-        signal = signals.next() => Ok(Err(signal)),
-    };
-    bench.clean().await;
-    let phases = match outcome? {
-        Ok(phases) => phases,
-        Err(signal) => return Ok(Exit::Signal(signal)),
-    };
-    let conditions = json!({
-        "wrenn": crate::commands::version::VERSION,
-        "server": host.version,
-        "vmm": format!("{} {}", host.vmm, host.vmm_version).trim(),
-        "accelerator": host.accelerator,
-        "cpus": host.cpus,
-        "load_average": load_average(),
-    });
+    let conditions = conditions(&host);
     report::show(&conditions, &phases, args.output.json, &context.printer)?;
     Ok(Exit::Ok)
 }
 
-struct Bench<'a> {
-    client: &'a Client,
-    context: &'a Context,
+struct Bench<'a, 'b> {
+    ground: &'a mut Ground<'b>,
     args: &'a Args,
-    /// Sandboxes to end.
-    made: Vec<String>,
 }
 
-impl Bench<'_> {
+impl Bench<'_, '_> {
     async fn measure(&mut self) -> Result<Vec<Phase>, Failure> {
         let mut phases = Vec::new();
         self.pooled(&mut phases).await?;
@@ -97,7 +75,8 @@ impl Bench<'_> {
         self.forks(&small, &mut phases).await?;
         self.checkpoints(&small, &mut phases).await?;
         if !self.args.no_large {
-            self.say("a guest of 2 GiB: its template is booted first");
+            self.ground
+                .say("a guest of 2 GiB: its template is booted first");
             let large = self.create(Some(2048)).await?;
             let target = pause * LARGER;
             self.pauses(&large, &mut phases, " (2 GiB guest)", target)
@@ -106,65 +85,39 @@ impl Bench<'_> {
         Ok(phases)
     }
 
-    fn say(&self, what: &str) {
-        self.context.printer.note(format!("{what} …"));
-    }
-
     async fn create(&mut self, memory_mb: Option<u32>) -> Result<String, Failure> {
         let request = CreateRequest {
             memory_mb,
-            ..CreateRequest::default()
+            ..self.ground.request()
         };
-        let id = self.client.create(&request).await?.sandbox.id;
-        self.made.push(id.clone());
-        self.shell(&id).await?;
+        let id = self.ground.create(&request).await?.sandbox.id;
+        self.ground.shell(&id).await?;
         tokio::time::sleep(SETTLE).await;
         Ok(id)
     }
 
-    /// The form of command that E2B's clients send.
-    async fn shell(&self, id: &str) -> Result<(), Failure> {
-        self.exec(id, "bash", &["-l", "-c", "true"]).await
-    }
-
-    async fn exec(&self, id: &str, cmd: &str, args: &[&str]) -> Result<(), Failure> {
-        let command = Command {
-            cmd: cmd.to_owned(),
-            args: args.iter().map(|arg| (*arg).to_owned()).collect(),
-            ..Command::default()
-        };
-        let answer = self.client.exec(id, &command).await?;
-        match answer["exit_code"] == 0 {
-            true => Ok(()),
-            false => Err(Failure::message(format!("`{cmd}` in {id}: {answer}"))),
-        }
-    }
-
     /// The same as a resume to its first program's end, of the template and from the pool.
     async fn pooled(&mut self, phases: &mut Vec<Phase>) -> Result<(), Failure> {
-        self.say(&format!("{} sandboxes of the pool", self.args.n));
+        self.ground
+            .say(&format!("{} sandboxes of the pool", self.args.n));
         let mut took = Vec::new();
         for _ in 0..self.args.n {
-            let patience = Instant::now();
-            while self.client.host().await?.pool_ready == 0 && patience.elapsed() < POOL_PATIENCE {
+            let asked = Instant::now();
+            while self.ground.client.host().await?.pool_ready == 0
+                && asked.elapsed() < POOL_PATIENCE
+            {
                 tokio::time::sleep(SETTLE / 10).await;
             }
             tokio::time::sleep(SETTLE).await;
             let began = Instant::now();
-            let id = self
-                .client
-                .create(&CreateRequest::default())
-                .await?
-                .sandbox
-                .id;
-            self.made.push(id.clone());
-            self.shell(&id).await?;
+            let request = self.ground.request();
+            let id = self.ground.create(&request).await?.sandbox.id;
+            self.ground.shell(&id).await?;
             took.push(ms(began));
-            self.clean().await;
+            self.ground.clean().await;
         }
-        let name = "template to bash -l -c true's end";
         phases.push(Phase::new(
-            name,
+            "template to bash -l -c true's end",
             Unit::Milliseconds,
             took,
             Some(TARGET_POOLED),
@@ -180,17 +133,18 @@ impl Bench<'_> {
         of: &str,
         target: f64,
     ) -> Result<f64, Failure> {
-        self.say(&format!("{} pauses and resumes{of}", self.args.n));
+        self.ground
+            .say(&format!("{} pauses and resumes{of}", self.args.n));
         let (mut pause, mut resume, mut output) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.args.n {
             tokio::time::sleep(SETTLE).await;
             let began = Instant::now();
-            self.client.pause(id, true).await?;
+            self.ground.client.pause(id, true).await?;
             pause.push(ms(began));
             let began = Instant::now();
-            self.client.resume(id, true).await?;
+            self.ground.client.resume(id, true).await?;
             resume.push(ms(began));
-            self.shell(id).await?;
+            self.ground.shell(id).await?;
             output.push(ms(began));
         }
         let phase = |name: &str, values, target| {
@@ -211,7 +165,8 @@ impl Bench<'_> {
     }
 
     async fn forks(&mut self, id: &str, phases: &mut Vec<Phase>) -> Result<(), Failure> {
-        self.say(&format!("{} forks of one child, then of ten", self.args.n));
+        self.ground
+            .say(&format!("{} forks of one child, then of ten", self.args.n));
         let (mut one, mut frozen) = (Vec::new(), Vec::new());
         for _ in 0..self.args.n {
             tokio::time::sleep(SETTLE).await;
@@ -236,10 +191,10 @@ impl Bench<'_> {
     }
 
     async fn fork(&mut self, id: &str, count: u32) -> Result<Vec<(String, Duration)>, Failure> {
-        let (children, steps) = self.client.fork(id, count).await?;
+        let (children, steps) = self.ground.client.fork(id, count).await?;
         for child in children {
             match child["id"].as_str() {
-                Some(child) => self.made.push(child.to_owned()),
+                Some(child) => self.ground.made.push(child.to_owned()),
                 None => return Err(Failure::message(format!("a child of {id}: {child}"))),
             }
         }
@@ -247,29 +202,29 @@ impl Bench<'_> {
     }
 
     async fn end_children(&mut self, parent: &str) {
-        let (parents, children): (Vec<_>, Vec<_>) = std::mem::take(&mut self.made)
+        let (parents, children): (Vec<_>, Vec<_>) = std::mem::take(&mut self.ground.made)
             .into_iter()
             .partition(|id| id == parent);
-        self.made = children;
-        self.clean().await;
-        self.made = parents;
+        self.ground.made = children;
+        self.ground.clean().await;
+        self.ground.made = parents;
     }
 
     /// What a checkpoint takes on disk and in time, idle and after much was written.
     async fn checkpoints(&mut self, id: &str, phases: &mut Vec<Phase>) -> Result<(), Failure> {
-        self.say(&format!(
+        self.ground.say(&format!(
             "checkpoints, idle and with {DIRTIED_MIB} MiB written anew"
         ));
         let mut sizes = Vec::new();
         for written in [0, 0, DIRTIED_MIB] {
             if written > 0 {
                 let line = format!("head -c {written}M /dev/urandom > /dev/shm/dirt");
-                self.exec(id, "bash", &["-c", &line]).await?;
+                self.ground.exec(id, "bash", &["-c", &line]).await?;
             } else {
                 tokio::time::sleep(SETTLE).await;
             }
             let began = Instant::now();
-            let point = self.client.checkpoint(id, None).await?;
+            let point = self.ground.client.checkpoint(id, None).await?;
             sizes.push((ms(began), size(&point)));
         }
         // A checkpoint shares with the one before it all that it did not write itself.
@@ -295,25 +250,8 @@ impl Bench<'_> {
         ]);
         Ok(())
     }
-
-    /// Ends what was made.
-    async fn clean(&mut self) {
-        let work = destroy_all(self.client, std::mem::take(&mut self.made));
-        for (id, outcome) in with_spinner(&self.context.printer, "ending sandboxes", work).await {
-            if let Err(error) = outcome
-                && !error.is_not_found()
-            {
-                let printer = &self.context.printer;
-                printer.warn(format!("sandbox {id} is still there: {error}"));
-            }
-        }
-    }
 }
 
 fn size(point: &Value) -> f64 {
     point["size_bytes"].as_f64().unwrap_or_default()
-}
-
-fn ms(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1000.0
 }

@@ -4,21 +4,21 @@
 //! makes it ends, whichever way it ends itself.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use serde_json::{Value, json};
 
+use super::ground::{Ground, command, conditions, ms};
 use super::machine;
-use super::report::{self, Phase, Unit, load_average};
+use super::report::{self, Phase, Unit};
 use crate::args::OutputArgs;
 use crate::client::{Client, ClientError, Command, CreateRequest, ExecEvent};
 use crate::commands::Context;
-use crate::commands::sandbox::kill::destroy_all;
 use crate::error::Failure;
 use crate::exit::Exit;
-use crate::output::{Table, with_spinner};
-use crate::signals::Signals;
+use crate::output::Table;
 
 /// What is said of a sandbox where nothing else is.
 const DEFAULT_TEMPLATE: &str = "minimal";
@@ -32,9 +32,6 @@ const TARGET_MEMORY: f64 = (50 << 20) as f64;
 const TARGET_CPU: f64 = 1.5;
 /// A sandbox is idle once its start has died away.
 const SETTLE: Duration = Duration::from_secs(5);
-
-/// The label of sandboxes made here, by which those under way at a Ctrl-C are found.
-const LABEL: &str = "wrenn.bench";
 
 /// Options of `wrenn bench start`.
 #[derive(Debug, clap::Args)]
@@ -71,35 +68,16 @@ struct Results {
 pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
     let client = context.client()?;
     let host = client.host().await?;
-    let mut signals = Signals::listen()
-        .map_err(|error| Failure::message(format!("cannot listen for signals: {error}")))?;
-    let mut bench = Bench {
-        client: &client,
-        context,
-        args,
-        made: Vec::new(),
-        label: uuid::Uuid::new_v4().to_string(),
+    let mut ground = Ground::new(&client, context);
+    let measured = ground.measure(async |ground| Bench { ground, args }.measure().await);
+    let results = match measured.await? {
+        ControlFlow::Continue(results) => results,
+        ControlFlow::Break(exit) => return Ok(exit),
     };
-    let outcome = tokio::select! {
-        outcome = bench.measure() => outcome,
-        signal = signals.next() => {
-            bench.clean_all().await;
-            return Ok(Exit::Signal(signal));
-        }
-    };
-    bench.clean().await;
-    let results = outcome?;
-    let conditions = json!({
-        "wrenn": crate::commands::version::VERSION,
-        "server": host.version,
-        "vmm": format!("{} {}", host.vmm, host.vmm_version).trim(),
-        "accelerator": host.accelerator,
-        "cpus": host.cpus,
-        "template": args.template,
-        "pool_ready_at_start": host.pool_ready,
-        "pause_ms": args.pause,
-        "load_average": load_average(),
-    });
+    let mut conditions = conditions(&host);
+    conditions["template"] = json!(args.template);
+    conditions["pool_ready_at_start"] = json!(host.pool_ready);
+    conditions["pause_ms"] = json!(args.pause);
     if args.output.json {
         context.printer.json(&json!({
             "conditions": conditions,
@@ -122,17 +100,12 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
 }
 
 /// A run of measurements.
-struct Bench<'a> {
-    client: &'a Client,
-    context: &'a Context,
+struct Bench<'a, 'b> {
+    ground: &'a mut Ground<'b>,
     args: &'a Args,
-    /// Sandboxes to end.
-    made: Vec<String>,
-    /// What marks them.
-    label: String,
 }
 
-impl Bench<'_> {
+impl Bench<'_, '_> {
     async fn measure(&mut self) -> Result<Results, Failure> {
         let mut results = Results::default();
         results.phases.push(self.cold_boot());
@@ -145,18 +118,13 @@ impl Bench<'_> {
     fn request(&self) -> CreateRequest {
         CreateRequest {
             template: Some(self.args.template.clone()),
-            metadata: BTreeMap::from([(LABEL.to_owned(), self.label.clone())]),
-            ..CreateRequest::default()
+            ..self.ground.request()
         }
-    }
-
-    fn say(&self, what: &str) {
-        self.context.printer.note(format!("{what} …"));
     }
 
     fn cold_boot(&self) -> Phase {
         let (name, target) = ("cold boot of the template", Some(TARGET_COLD_BOOT));
-        match machine::cold_boots(self.client.data_dir(), &self.args.template) {
+        match machine::cold_boots(self.ground.client.data_dir(), &self.args.template) {
             Ok(boots) if !boots.is_empty() => Phase::new(name, Unit::Milliseconds, boots, target),
             Ok(_) => Phase::missing(
                 name,
@@ -170,29 +138,21 @@ impl Bench<'_> {
 
     /// One sandbox after the other: for bash, then for Python, each in a fresh one.
     async fn one_by_one(&mut self, results: &mut Results) -> Result<(), Failure> {
-        self.say(&format!(
+        self.ground.say(&format!(
             "{} sandboxes one by one, a shell in each",
             self.args.n
         ));
         let (mut create, mut exec, mut first_output) = (Vec::new(), Vec::new(), Vec::new());
         let mut server: BTreeMap<(usize, String), Vec<f64>> = BTreeMap::new();
-        let shell = command("bash", &["-l", "-c", "true"]);
         for _ in 0..self.args.n {
             let started = Instant::now();
-            let created = self.client.create(&self.request()).await?;
+            let created = self.ground.create(&self.request()).await?;
             let id = created.sandbox.id;
-            self.made.push(id.clone());
             create.push(ms(started));
             let before = Instant::now();
-            let answer = self.client.exec(&id, &shell).await?;
+            self.ground.shell(&id).await?;
             exec.push(ms(before));
             first_output.push(ms(started));
-            if answer["exit_code"] != 0 {
-                return Err(Failure::message(format!(
-                    "`bash -l -c true` in {id} ended with {}",
-                    answer["exit_code"]
-                )));
-            }
             for (place, (phase, took)) in created.phases.into_iter().enumerate() {
                 server
                     .entry((place, phase))
@@ -201,17 +161,21 @@ impl Bench<'_> {
             }
             self.end(&id).await?;
         }
-        self.say(&format!(
+        self.ground.say(&format!(
             "{} sandboxes one by one, Python in each",
             self.args.n
         ));
         let mut python = Vec::new();
         for _ in 0..self.args.n {
-            let created = self.client.create(&self.request()).await?;
+            let created = self.ground.create(&self.request()).await?;
             let id = created.sandbox.id;
-            self.made.push(id.clone());
             let before = Instant::now();
-            first_line(self.client, &id, &command("python3", &["-c", "print(1)"])).await?;
+            first_line(
+                self.ground.client,
+                &id,
+                &command("python3", &["-c", "print(1)"]),
+            )
+            .await?;
             python.push(ms(before));
             self.end(&id).await?;
         }
@@ -241,8 +205,8 @@ impl Bench<'_> {
 
     /// Ends one that was measured and lets the host catch its breath, if so wished.
     async fn end(&mut self, id: &str) -> Result<(), Failure> {
-        self.client.destroy(id).await?;
-        self.made.retain(|made| made != id);
+        self.ground.client.destroy(id).await?;
+        self.ground.made.retain(|made| made != id);
         if self.args.pause > 0 {
             tokio::time::sleep(Duration::from_millis(self.args.pause)).await;
         }
@@ -251,10 +215,11 @@ impl Bench<'_> {
 
     /// Many at the same time, each with a command.
     async fn at_once(&mut self, results: &mut Results) {
-        self.say(&format!("{} sandboxes at once", self.args.at_once));
+        self.ground
+            .say(&format!("{} sandboxes at once", self.args.at_once));
         let started = Instant::now();
         let request = self.request();
-        let client = self.client;
+        let client = self.ground.client;
         let one = || async {
             let before = Instant::now();
             let created = client
@@ -280,12 +245,12 @@ impl Bench<'_> {
         for outcome in outcomes {
             match outcome {
                 Ok((id, created, done)) => {
-                    self.made.push(id);
+                    self.ground.made.push(id);
                     create.push(created);
                     output.push(done);
                 }
                 Err((id, why)) => {
-                    self.made.extend(id);
+                    self.ground.made.extend(id);
                     results.failures.push(why);
                 }
             }
@@ -303,9 +268,9 @@ impl Bench<'_> {
     async fn idle(&mut self, results: &mut Results) {
         let names = ["idle: private memory each", "idle: processor each"];
         let watch = Duration::from_secs(self.args.idle);
-        self.say(&format!(
+        self.ground.say(&format!(
             "{} idle sandboxes for {} s",
-            self.made.len(),
+            self.ground.made.len(),
             (SETTLE + watch).as_secs()
         ));
         match self.watch_idle(watch).await {
@@ -324,7 +289,7 @@ impl Bench<'_> {
     }
 
     async fn watch_idle(&self, watch: Duration) -> std::io::Result<(Vec<f64>, Vec<f64>)> {
-        let processes = machine::find(self.client.data_dir(), &self.made)?;
+        let processes = machine::find(self.ground.client.data_dir(), &self.ground.made)?;
         tokio::time::sleep(SETTLE).await;
         let (mut memory, mut cpu) = (Vec::new(), Vec::new());
         let mut before = Vec::new();
@@ -341,47 +306,6 @@ impl Bench<'_> {
         }
         Ok((memory, cpu))
     }
-
-    /// Ends what was made and what is just being made.
-    async fn clean_all(&mut self) {
-        let mark = format!("metadata.{LABEL}");
-        match self.client.list_sandboxes(&[(&mark, &self.label)]).await {
-            Ok(all) => self.made = all.into_iter().map(|(sandbox, _)| sandbox.id).collect(),
-            Err(error) => self
-                .context
-                .printer
-                .warn(format!("cannot list what is left: {error}")),
-        }
-        self.clean().await;
-    }
-
-    /// Ends what was made.
-    async fn clean(&mut self) {
-        let made = std::mem::take(&mut self.made);
-        let work = destroy_all(self.client, made);
-        for (id, outcome) in with_spinner(&self.context.printer, "ending the sandboxes", work).await
-        {
-            if let Err(error) = outcome
-                && !error.is_not_found()
-            {
-                self.context
-                    .printer
-                    .warn(format!("sandbox {id} is still there: {error}"));
-            }
-        }
-    }
-}
-
-fn command(cmd: &str, args: &[&str]) -> Command {
-    Command {
-        cmd: cmd.to_owned(),
-        args: args.iter().map(|arg| (*arg).to_owned()).collect(),
-        ..Command::default()
-    }
-}
-
-fn ms(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1000.0
 }
 
 /// Waits for a program's first output.

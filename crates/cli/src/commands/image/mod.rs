@@ -3,6 +3,7 @@
 mod build;
 mod inspect;
 mod list;
+mod prune;
 mod remove;
 mod verify;
 
@@ -30,6 +31,8 @@ pub(crate) enum Command {
     /// Remove an image that nothing uses
     #[command(visible_alias = "rm")]
     Remove(remove::Args),
+    /// Remove the images that lost their name to a newer build and that nothing needs
+    Prune(prune::Args),
     /// Compare every byte of an image with its manifest
     Verify(verify::Args),
 }
@@ -41,6 +44,7 @@ impl Command {
             Command::Build(args) => args.output.json,
             Command::List(args) => args.output.json,
             Command::Inspect(args) => args.output.json,
+            Command::Prune(args) => args.output.json,
             Command::Remove(_) => false,
             Command::Verify(args) => args.output.json,
         }
@@ -52,10 +56,18 @@ impl Command {
             Command::Build(args) => build::run(args, context).await,
             Command::List(args) => list::run(&args, context),
             Command::Inspect(args) => inspect::run(&args, context),
+            Command::Prune(args) => prune::run(args, context).await,
             Command::Remove(args) => remove::run(&args, context),
             Command::Verify(args) => verify::run(args, context).await,
         }
     }
+}
+
+/// Digits of a digest that tables show: enough to tell images apart, and to type.
+const SHORT: usize = "sha256-".len() + 12;
+
+fn short_of(digest: &str) -> String {
+    digest.chars().take(SHORT).collect()
 }
 
 /// Where the images of a data folder are.

@@ -37,9 +37,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<Exit, Failure> {
     store
         .remove(&args.image, &in_use)
         .map_err(|error| match error {
-            ImageError::InUse(_) => {
-                failure(error).hint("templates are in the folder `templates` of the data folder")
-            }
+            ImageError::InUse(_) => failure(error).hint(
+                "`wrenn image prune` removes old images with the templates that nothing needs",
+            ),
             other => failure(other),
         })?;
     context.printer.line(format!("removed {}", args.image));

@@ -3,6 +3,7 @@
 pub(crate) mod checkpoint;
 pub(crate) mod cp;
 pub(crate) mod create;
+pub(crate) mod diff;
 pub(crate) mod exec;
 pub(crate) mod fork;
 pub(crate) mod inspect;
@@ -50,6 +51,8 @@ pub(crate) enum Command {
     Checkpoints(checkpoint::ListArgs),
     /// Go back to one; what was done since is lost
     Rollback(checkpoint::RollbackArgs),
+    /// Show what differs from a checkpoint or from another sandbox
+    Diff(diff::Args),
     /// Show the log of a sandbox's console, where its kernel and guest agent write
     Logs(logs::Args),
     /// Tell why a sandbox is as it is, and how it ended
@@ -78,6 +81,7 @@ impl Command {
             Command::Checkpoint(args) => args.output.json,
             Command::Checkpoints(args) => args.output.json,
             Command::Rollback(args) => args.output.json,
+            Command::Diff(args) => args.output.json,
             Command::Why(args) | Command::Events(args) => args.output.json,
             Command::Stats(args) => args.output.json,
             Command::Network(args) => args.output.json,
@@ -102,6 +106,7 @@ impl Command {
             Command::Checkpoint(args) => checkpoint::run(args, context).await,
             Command::Checkpoints(args) => checkpoint::list(args, context).await,
             Command::Rollback(args) => checkpoint::rollback(args, context).await,
+            Command::Diff(args) => diff::run(args, context).await,
             Command::Logs(args) => logs::run(args, context).await,
             Command::Why(args) => why::why(args, context).await,
             Command::Events(args) => why::events(args, context).await,

@@ -1,5 +1,6 @@
 //! Wrenn's own API, under `/v1`.
 
+mod diff;
 mod drain;
 mod exec;
 mod files;
@@ -39,6 +40,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(snapshots::fork))
         .routes(routes!(snapshots::checkpoint, snapshots::checkpoints))
         .routes(routes!(snapshots::rollback))
+        .routes(routes!(diff::diff))
         .routes(routes!(snapshots::create, snapshots::list))
         .routes(routes!(snapshots::delete))
         .routes(routes!(exec::exec))
