@@ -333,6 +333,7 @@ pub async fn restore(
             disk_mib: manifest.disk_bytes >> 20,
             envd_version: manifest.envd_version.clone(),
             generation: origin.generation,
+            fingerprint: Some(site.vmm.info().fingerprint.clone()),
             host_token: host_token.reveal().to_owned(),
         };
         write_json(&ground.folder, RECORD, &record).map_err(|source| MachineError::File {
@@ -371,6 +372,7 @@ pub async fn restore(
             Ok((
                 LiveMachine {
                     vm,
+                    vmm: site.vmm.clone(),
                     slot,
                     guest,
                     folder,
