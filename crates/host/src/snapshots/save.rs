@@ -29,7 +29,7 @@ use super::{
     blocking, firmware_part,
 };
 use crate::activity::unix_ms;
-use crate::guest::{Guest, chain};
+use crate::guest::{Guest, GuestError, chain};
 use crate::machine::{LiveMachine, MachineError, Phases, Record, Site, vm_folder};
 use crate::sandbox::{Journal, SandboxError};
 use crate::template::LoadedTemplate;
@@ -243,7 +243,13 @@ impl Saver<'_> {
         phases: &mut Phases,
     ) -> Result<Draft, SandboxError> {
         let mut clock = Instant::now();
-        machine.guest.prepare_snapshot().await?;
+        let quiet = machine.guest.prepare_snapshot().await;
+        quiet.map_err(|error| match error {
+            GuestError::Refused { .. } => SandboxError::Guest(error),
+            GuestError::Unreachable { .. } | GuestError::Broken { .. } => {
+                SandboxError::Unresponsive(error)
+            }
+        })?;
         phases.note("quiesce", &mut clock);
         if let Some(lies_on) = lies_on {
             let saved = machine.vm.save_delta().await.map_err(MachineError::from)?;
