@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,10 @@ use wrenn_net::{NetConfig, NetError, SlotPool};
 use wrenn_snapshot::SnapshotError;
 use wrenn_types::SandboxId;
 use wrenn_vmm::probe::Driver;
-use wrenn_vmm::{FirecrackerConfig, FirecrackerVmm, Launcher, QemuConfig, QemuVmm, Vmm, VmmError};
+use wrenn_vmm::{
+    FirecrackerConfig, FirecrackerVmm, Launcher, QemuConfig, QemuVmm, Vmm, VmmError, driver_in,
+    lives_in,
+};
 use wrenn_wire::wrenn::host::v1::HostServiceExt;
 
 use crate::activity::InUse;
@@ -24,7 +27,10 @@ use crate::config::HostConfig;
 use crate::drain::Drain;
 use crate::events::EventLog;
 use crate::guest::chain;
-use crate::machine::{MachineError, Site, machine_folders, name_of, record_in};
+use crate::machine::{
+    MachineError, Site, is_a_sandboxs, machine_folders, name_of, record_in, sweep_unfinished,
+    vm_folder,
+};
 use crate::metrics;
 use crate::pool::Pool;
 use crate::rpc::HostRpc;
@@ -67,6 +73,20 @@ pub enum AgentError {
     /// No VMM.
     #[error(transparent)]
     Vmm(#[from] VmmError),
+    /// Machines of another monitor run here, which cannot be used any more.
+    #[error(
+        "{driver} runs {machines} machines of {data_dir}, and cannot be used any more; they run on, and nothing was changed: make it usable again, or start the agent as it was started before"
+    )]
+    OtherMonitor {
+        /// What runs them.
+        driver: Driver,
+        /// How many.
+        machines: usize,
+        /// The data folder.
+        data_dir: PathBuf,
+        /// Why it cannot be used.
+        source: Box<VmmError>,
+    },
     /// No network.
     #[error(transparent)]
     Net(#[from] NetError),
@@ -152,23 +172,41 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
     };
     let (data_dir, driver, accelerator) =
         (config.data_dir.clone(), config.driver, config.accelerator);
-    let probed = tokio::task::spawn_blocking(move || -> Result<Arc<dyn Vmm>, VmmError> {
+    let others = other_machines(&config.machines_dir())?;
+    let probed = tokio::task::spawn_blocking(move || {
         let report = wrenn_vmm::probe::host(Some(&data_dir))?;
         let chosen = wrenn_vmm::probe::choose_driver(&report, driver)?;
-        Ok(match chosen.driver {
-            Driver::Firecracker => {
-                let why = chosen.why;
-                let config = FirecrackerConfig::from_report(&report, why, launcher, &data_dir)?;
-                Arc::new(FirecrackerVmm::new(config))
-            }
-            Driver::Qemu => {
-                let choice = wrenn_vmm::probe::choose(&report, accelerator)?;
-                let config = QemuConfig::from_report(&report, choice, launcher)?;
-                Arc::new(QemuVmm::new(config))
-            }
-        })
+        let made = |driver, accelerator, why| -> Result<Arc<dyn Vmm>, VmmError> {
+            let launcher = launcher.clone();
+            Ok(match driver {
+                Driver::Firecracker => {
+                    let config = FirecrackerConfig::from_report(&report, why, launcher, &data_dir)?;
+                    Arc::new(FirecrackerVmm::new(config))
+                }
+                Driver::Qemu => {
+                    let choice = wrenn_vmm::probe::choose(&report, accelerator)?;
+                    let config = QemuConfig::from_report(&report, choice, launcher)?;
+                    Arc::new(QemuVmm::new(config))
+                }
+            })
+        };
+        let vmm = made(chosen.driver, accelerator, chosen.why)?;
+        let others = others
+            .into_iter()
+            .filter(|(other, _)| *other != chosen.driver);
+        let others = others.map(|(driver, machines)| {
+            tracing::info!(%driver, machines, "machines of another monitor run here");
+            let why = "machines that it runs are here".to_owned();
+            made(driver, None, why).map_err(|source| AgentError::OtherMonitor {
+                driver,
+                machines,
+                data_dir: data_dir.clone(),
+                source: Box::new(source),
+            })
+        });
+        Ok::<_, AgentError>((vmm, others.collect::<Result<Vec<_>, _>>()?))
     });
-    let vmm = probed.await.map_err(AgentError::Probe)??;
+    let (vmm, others) = probed.await.map_err(AgentError::Probe)??;
     let info = vmm.info();
     tracing::info!(vmm = info.kind, version = info.version, accelerator = %info.accelerator, why = info.why, "virtual machine monitor");
     let mut net = NetConfig::new(config.network_dir());
@@ -188,9 +226,22 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
     Ok(Site {
         config,
         vmm,
+        others,
         slots,
         cgroups,
     })
+}
+
+/// How many sandboxes' machines of which driver live here. What cannot be read is told when it is adopted.
+fn other_machines(machines: &Path) -> Result<Vec<(Driver, usize)>, AgentError> {
+    let folders = machine_folders(machines)?;
+    let sandboxes = folders.iter().filter(|folder| is_a_sandboxs(folder));
+    let living = sandboxes.map(|folder| vm_folder(folder));
+    let living = living.filter(|dir| lives_in(dir).unwrap_or(false));
+    let drivers: Vec<_> = living.filter_map(|dir| driver_in(&dir).ok()?).collect();
+    let count = |driver| drivers.iter().filter(|each| **each == driver).count();
+    let counted = [Driver::Qemu, Driver::Firecracker].map(|driver| (driver, count(driver)));
+    Ok(counted.into_iter().filter(|(_, n)| *n > 0).collect())
 }
 
 /// Limits what machines may use of the disk, where that was asked for.
@@ -224,6 +275,10 @@ async fn adopt_all(
     let mut needed = HashSet::new();
     // What cannot be read may need any snapshot.
     let mut all_read = true;
+    sweep_unfinished(&dir).map_err(|source| AgentError::DataDir {
+        path: dir.clone(),
+        source,
+    })?;
     let paused = Paused::read_all(&dir).map_err(|source| AgentError::DataDir {
         path: dir.clone(),
         source,
@@ -251,6 +306,8 @@ async fn adopt_all(
             Err(error) => {
                 tracing::error!(folder = %folder.display(), error = %chain(&error), "not adopted");
                 all_read = false;
+                // If its machine runs on, it does so with its network.
+                in_use.extend(record_in(&folder).map(|record| record.slot));
             }
         }
     }

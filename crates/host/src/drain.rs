@@ -13,7 +13,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use crate::activity::{from_unix_ms, unix_ms};
-use crate::machine::{read_json, write_json};
+use crate::machine::{read_json, unfinished, write_json};
 
 const FILE: &str = "drain.json";
 const VERSION: u32 = 1;
@@ -36,6 +36,8 @@ pub struct Drain {
 impl Drain {
     /// As an earlier agent on this data folder left it.
     pub fn open(data_dir: &Path) -> io::Result<Drain> {
+        // Its agent may have died while it wrote that down.
+        remove(&data_dir.join(unfinished(FILE)))?;
         Ok(Drain {
             since: Mutex::new(draining_since(data_dir)?),
             data_dir: data_dir.to_owned(),
@@ -111,6 +113,7 @@ mod tests {
         assert!(since.is_some());
         assert_eq!(drain.set(true).unwrap(), since, "it began once");
 
+        std::fs::write(dir.path().join(unfinished(FILE)), "{\"half").unwrap();
         let next = Drain::open(dir.path()).unwrap();
         assert_eq!(
             next.since().map(unix_ms),

@@ -482,6 +482,18 @@ mod tests {
 
     proptest! {
         #[test]
+        fn numbers_of_a_fingerprint_are_written_as_they_were_read(
+            number in proptest::num::f64::NORMAL | proptest::num::f64::SUBNORMAL
+        ) {
+            let mut manifest = sample();
+            manifest.description.vmm.fingerprint = serde_json::json!({ "clock": number });
+            let (bytes, id) = manifest.to_bytes().unwrap();
+            let read = Manifest::parse(&bytes, id);
+            prop_assert_eq!(read.as_ref(), Ok(&manifest));
+            prop_assert_eq!(read.unwrap().to_bytes().unwrap(), (bytes, id));
+        }
+
+        #[test]
         fn arbitrary_text_never_panics(
             json in ".{0,200}", bytes in proptest::collection::vec(any::<u8>(), 0..200)
         ) {

@@ -38,6 +38,7 @@ mod kernel;
 mod machine;
 mod memfd;
 mod memory;
+mod page_buffer;
 pub mod probe;
 mod process;
 mod qcow2;
@@ -48,8 +49,8 @@ mod runs;
 mod supervised;
 
 pub use delta::{
-    ChangedPages, Delta, DeltaError, DeltaPages, FIRMWARE_BYTES, Firmware, PageBuffer, PageRange,
-    Run, SaveTimes, SavedDelta,
+    ChangedPages, Delta, DeltaError, DeltaPages, FIRMWARE_BYTES, Firmware, PageRange, Run,
+    SaveTimes, SavedDelta,
 };
 pub use digest::Digest;
 pub use error::VmmError;
@@ -65,6 +66,8 @@ pub use machine::{
     Vmm,
 };
 pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
+pub use page_buffer::PageBuffer;
 pub use qcow2::{OverlayError, create_overlay, merge_layers};
 pub use qemu::{QemuConfig, QemuVmm, state_file};
-pub use record::post_mortem;
+pub use record::{driver_in, post_mortem};
+pub use supervised::{end_in, lives_in};

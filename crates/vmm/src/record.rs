@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::VmmError;
 use crate::machine::{ExitReason, MachinePids};
+use crate::probe::Driver;
 
 const RECORD: &str = "machine.json";
 const RECORD_TEMPORARY: &str = "machine.json.new";
@@ -110,6 +111,15 @@ impl Record {
     }
 }
 
+/// The driver of the machine in this folder, whether or not it lives; `None` where none was ever
+/// started.
+pub fn driver_in(dir: &Path) -> Result<Option<Driver>, VmmError> {
+    Ok(Record::read(dir)?.map(|record| match record.monitor {
+        Monitor::Qemu => Driver::Qemu,
+        Monitor::Firecracker => Driver::Firecracker,
+    }))
+}
+
 /// What the keeper wrote at the machine's end; `None` if it has not or never could.
 pub(crate) fn read_exit(dir: &Path) -> Option<ExitReason> {
     let bytes = fs::read(dir.join(EXIT)).ok()?;
@@ -160,6 +170,7 @@ mod tests {
     fn a_record_is_read_as_written_and_damage_is_told() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Record::read(dir.path()).unwrap(), None);
+        assert_eq!(driver_in(dir.path()).unwrap(), None);
         let id = |pid| ProcessId { pid, start_time: 9 };
         let record = Record::new(
             "boot".into(),
@@ -171,6 +182,7 @@ mod tests {
         );
         record.write(dir.path()).unwrap();
         assert_eq!(Record::read(dir.path()).unwrap(), Some(record.clone()));
+        assert_eq!(driver_in(dir.path()).unwrap(), Some(Driver::Firecracker));
         let text = fs::read_to_string(dir.path().join(RECORD)).unwrap();
         let older = text.replace(r#","monitor":"firecracker""#, "");
         assert_ne!(older, text);

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use crate::VmmError;
 use crate::keeper::unix_ms;
 use crate::machine::{ExitCause, ExitReason, MachinePids, MemoryUse, ProcessId};
-use crate::process::{Watched, boot_id, private_bytes};
+use crate::process::{Watched, boot_id, identify, private_bytes};
 use crate::record::{self, Monitor, Record, read_exit};
 
 /// How long a process may take to vanish after SIGKILL: its memory is taken down first.
@@ -196,6 +196,32 @@ impl Supervised {
             vmm: of(self.pids.vmm)?,
             keeper: of(self.pids.keeper)?,
         })
+    }
+}
+
+/// Whether the machine in this folder lives, whatever runs it.
+pub fn lives_in(dir: &Path) -> Result<bool, VmmError> {
+    let Some(record) = Record::read(dir)? else {
+        return Ok(false);
+    };
+    let boot_id = boot_id().map_err(|source| VmmError::Probe {
+        what: "its boot id",
+        source,
+    })?;
+    let monitor = record.pids.vmm;
+    // A process that is gone cannot be identified.
+    let there = identify(monitor.pid).is_ok_and(|found| found == monitor);
+    Ok(record.boot_id == boot_id && there)
+}
+
+/// Ends the machine in this folder, if it lives, whatever runs it.
+pub async fn end_in(dir: &Path) -> Result<(), VmmError> {
+    let Some(record) = Record::read(dir)? else {
+        return Ok(());
+    };
+    match Supervised::adopt(dir, record.monitor)? {
+        Some(machine) => machine.kill().await.map(drop),
+        None => Ok(()),
     }
 }
 

@@ -132,6 +132,25 @@ pub(crate) enum ClientError {
     },
 }
 
+/// What to do about an error of the server's, by its stable word.
+pub(crate) fn hint_for(code: &str) -> Option<&'static str> {
+    match code {
+        "draining" => Some("`wrenn drain --off` has it start sandboxes again"),
+        "no_space" => Some("`wrenn gc` removes what nothing needs"),
+        "host_disk_full" => {
+            Some("free some space for its data folder; `wrenn gc` removes what nothing needs")
+        }
+        "sandbox_died" => Some("`wrenn sandbox why` shows its last words"),
+        "sandbox_snapshot_guest_agent_unresponsive" => {
+            Some("`wrenn sandbox logs` shows its console; a guest that is busy may answer later")
+        }
+        "host_unavailable" | "no_hosts_available" => {
+            Some("`wrenn doctor` shows what this host can do")
+        }
+        _ => None,
+    }
+}
+
 impl ClientError {
     /// The stable word for programs; the server's own where it gave one.
     pub(crate) fn code(&self) -> &str {
@@ -182,11 +201,9 @@ impl ClientError {
                 "there is none yet: `sudo wrenn image build minimal` makes the first".to_owned()
             }
             ClientError::UnknownTemplate { known, .. } => format!("there are: {}", known.join(", ")),
-            ClientError::Api { code, .. } => match code.as_str() {
-                "draining" => "`wrenn drain --off` has it start sandboxes again".to_owned(),
-                "no_space" => "`wrenn gc` removes what nothing needs".to_owned(),
-                "host_unavailable" | "no_hosts_available" => "`wrenn doctor` shows what this host can do".to_owned(),
-                _ => return Vec::new(),
+            ClientError::Api { code, .. } => match hint_for(code) {
+                Some(hint) => hint.to_owned(),
+                None => return Vec::new(),
             },
             ClientError::Broken { .. }
             | ClientError::StreamEnded { .. }

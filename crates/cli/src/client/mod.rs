@@ -21,7 +21,7 @@ use reqwest::header::{HeaderName, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use serde_json::Value;
 
-pub(crate) use error::{ClientError, KeyOrigin};
+pub(crate) use error::{ClientError, KeyOrigin, hint_for};
 pub(crate) use exec::{Ended, ExecEvent, ExecInput, ExecStream};
 pub(crate) use pty::{PtyEvent, PtyInput, PtyStart, PtyStream};
 pub(crate) use sandboxes::Created;

@@ -7,7 +7,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
-use crate::client::{Client, ClientError, Command, Ended, ExecEvent, ExecInput, ExecStream};
+use crate::client::{
+    Client, ClientError, Command, Ended, ExecEvent, ExecInput, ExecStream, hint_for,
+};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::signals::Signals;
@@ -246,13 +248,14 @@ pub(super) fn start_failure(code: &str, message: &str, program: &str, id: &str) 
 
 /// A failed start for people.
 pub(super) fn start_error(exit: Exit, program: &str, code: String, message: String) -> Failure {
-    let failure = Failure::message(message)
-        .code(if code.is_empty() {
-            "agent_error".to_owned()
-        } else {
-            code
-        })
-        .exit(exit);
+    let mut failure = Failure::message(message).exit(exit);
+    if let Some(hint) = hint_for(&code) {
+        failure = failure.hint(hint);
+    }
+    let failure = failure.code(match code.as_str() {
+        "" => "agent_error",
+        code => code,
+    });
     match exit {
         Exit::NotFound if program.contains(' ') => failure.hint(format!(
             "`{program}` is taken as one word; for a shell's line use: bash -c '{program}'"

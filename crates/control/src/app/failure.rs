@@ -5,6 +5,9 @@ use serde_json::{Map, Value};
 use wrenn_store::StoreError;
 use wrenn_types::SandboxState;
 
+/// E2B's word where a guest agent does not answer, which is ours too.
+const E2B_GUEST_UNRESPONSIVE: &str = "sandbox_snapshot_guest_agent_unresponsive";
+
 /// The stable words for programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
@@ -40,8 +43,14 @@ pub enum Code {
     Draining,
     /// No host has room.
     NoHostsAvailable,
+    /// The host's disk is full: nothing can be started or saved there.
+    HostDiskFull,
     /// The sandbox's disk is full.
     NoSpace,
+    /// The sandbox's machine died while this was under way.
+    SandboxDied,
+    /// The guest agent does not answer, without which a sandbox cannot be saved.
+    GuestUnresponsive,
 }
 
 impl Code {
@@ -64,7 +73,10 @@ impl Code {
             Code::HostUnavailable => "host_unavailable",
             Code::Draining => "draining",
             Code::NoHostsAvailable => "no_hosts_available",
+            Code::HostDiskFull => "host_disk_full",
             Code::NoSpace => "no_space",
+            Code::SandboxDied => "sandbox_died",
+            Code::GuestUnresponsive => E2B_GUEST_UNRESPONSIVE,
         }
     }
 
@@ -79,12 +91,13 @@ impl Code {
             Code::Conflict | Code::TemplateNameTaken | Code::NameReserved | Code::InvalidState => {
                 409
             }
+            Code::GuestUnresponsive => 409,
             Code::TooLarge => 413,
             Code::InternalError => 500,
             Code::NotImplemented => 501,
-            Code::AgentError => 502,
+            Code::AgentError | Code::SandboxDied => 502,
             Code::HostUnavailable | Code::NoHostsAvailable | Code::Draining => 503,
-            Code::NoSpace => 507,
+            Code::NoSpace | Code::HostDiskFull => 507,
         }
     }
 }
@@ -182,18 +195,52 @@ impl From<crate::host::Garbled> for Failure {
 
 /// The header in which a host says more than the code does.
 const REASON: &str = "wrenn-reason";
+/// With [`SANDBOX_DIED`]: the class of the cause, as in a death certificate.
+const CAUSE: &str = "wrenn-cause";
 /// The host starts nothing.
 const DRAINING: &str = "draining";
+/// The host's disk is full.
+const HOST_DISK_FULL: &str = "host_disk_full";
+/// The machine died meanwhile.
+const SANDBOX_DIED: &str = "sandbox_died";
+/// The guest agent does not answer.
+const GUEST_UNRESPONSIVE: &str = "guest_unresponsive";
 
-fn reason(error: &ConnectError) -> Option<&str> {
-    error.response_headers().get(REASON)?.to_str().ok()
+/// What a host says in a header; at the end of a stream that has begun, in a trailer.
+fn said<'a>(error: &'a ConnectError, header: &str) -> Option<&'a str> {
+    let headers = error.response_headers().get(header);
+    let value = headers.or_else(|| error.trailers().get(header))?;
+    value.to_str().ok()
+}
+
+/// What the host says of its own, besides the code; with it, the code says nothing more.
+pub(super) fn told(error: &ConnectError) -> Option<Code> {
+    match said(error, REASON)? {
+        DRAINING => Some(Code::Draining),
+        HOST_DISK_FULL => Some(Code::HostDiskFull),
+        SANDBOX_DIED => Some(Code::SandboxDied),
+        GUEST_UNRESPONSIVE => Some(Code::GuestUnresponsive),
+        _ => None,
+    }
+}
+
+/// The host's error about one of several things that one request was about.
+pub(super) fn error_of_one(message: String, reason: &str) -> ConnectError {
+    let mut error = match reason {
+        "no_capacity" | HOST_DISK_FULL => ConnectError::resource_exhausted(message),
+        _ => ConnectError::internal(message),
+    };
+    if let Ok(reason) = http::HeaderValue::from_str(reason) {
+        error.response_headers_mut().insert(REASON, reason);
+    }
+    error
 }
 
 /// What the host agent's refusal means to a client. The agent's messages name the thing, so they
 /// are passed on.
 impl From<ConnectError> for Failure {
     fn from(error: ConnectError) -> Self {
-        let code = match error.code {
+        let code = told(&error).unwrap_or(match error.code {
             ErrorCode::InvalidArgument | ErrorCode::OutOfRange => Code::InvalidRequest,
             // The host vouches for itself: what is not permitted is so for the guest's user.
             ErrorCode::PermissionDenied => Code::Forbidden,
@@ -201,11 +248,10 @@ impl From<ConnectError> for Failure {
             ErrorCode::AlreadyExists => Code::Conflict,
             ErrorCode::FailedPrecondition | ErrorCode::Aborted => Code::InvalidState,
             ErrorCode::ResourceExhausted => Code::NoHostsAvailable,
-            ErrorCode::Unavailable if reason(&error) == Some(DRAINING) => Code::Draining,
             ErrorCode::Unavailable => Code::HostUnavailable,
             ErrorCode::Unimplemented => Code::NotImplemented,
             _ => Code::AgentError,
-        };
+        });
         let message = match &error.message {
             Some(message) if !message.is_empty() => message.clone(),
             _ => format!("the host agent answered `{}`", error.code.as_str()),
@@ -218,6 +264,15 @@ impl From<ConnectError> for Failure {
             }
             _ => {}
         }
-        Failure::new(code, message)
+        let failure = Failure::new(code, message);
+        match code {
+            Code::SandboxDied => {
+                let cause = said(&error, CAUSE).unwrap_or_default().to_owned();
+                let state = SandboxState::Error.as_str();
+                failure.with("cause", cause).with("state", state)
+            }
+            Code::GuestUnresponsive => failure.with_e2b(E2B_GUEST_UNRESPONSIVE),
+            _ => failure,
+        }
     }
 }

@@ -85,6 +85,11 @@ impl Upload {
         }
     }
 
+    /// Waits until the host wants no more of it; [`Upload::finish`] says why.
+    pub(crate) async fn given_up(&self) {
+        self.sender.closed().await;
+    }
+
     /// Ends the transfer: from here on the file is seen.
     pub(crate) async fn finish(self, app: &App) -> Result<wire::WriteFileResponse, Failure> {
         let Upload {

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use connectrpc::ConnectError;
 use wrenn_store::{Inserted, NewSandbox, SandboxRow, Timestamp};
 use wrenn_types::{SandboxId, SandboxState, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
+use super::failure::error_of_one;
 use super::idempotency::{Key, in_progress};
 use super::moves::{Certificate, live, phases};
 use super::sandboxes::{Sandbox, finish, lifetime, options, started};
@@ -157,7 +157,8 @@ impl App {
 
     async fn child(&self, row: SandboxRow, told: wire::ForkedChild) -> Child {
         let Some(live) = live(told.sandbox.into_option())? else {
-            return Err(self.give_up(&row, ConnectError::internal(told.error)).await);
+            let error = error_of_one(told.error, &told.reason);
+            return Err(self.give_up(&row, error).await);
         };
         let change = started(&live, self.recent_host().await);
         let row = self.step(&row, SandboxState::Running, change).await?;

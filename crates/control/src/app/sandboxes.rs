@@ -20,6 +20,7 @@ use wrenn_store::{Change, Page, SandboxFilter, SandboxRow, Timestamp};
 use wrenn_types::{SandboxId, SandboxState, TeamId};
 use wrenn_wire::wrenn::host::v1 as wire;
 
+use super::failure::told;
 use super::{App, Code, Failure};
 use crate::host::HostSandbox;
 use crate::reconcile::{Verdict, judge};
@@ -167,7 +168,7 @@ impl App {
             error.code,
             ErrorCode::NotFound | ErrorCode::FailedPrecondition | ErrorCode::Aborted
         );
-        if !about_it {
+        if !about_it || told(&error).is_some() {
             return Failure::from(error);
         }
         match self.look(row).await {

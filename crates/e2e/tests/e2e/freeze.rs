@@ -205,3 +205,87 @@ pub(crate) async fn a_checkpoint_in_the_middle_breaks_nothing(server: &Server) {
     assert_eq!(length, format!("{}\n", 4 << 20));
     api.destroy(&sandbox.id).await;
 }
+
+/// Counts to 200 within some seconds.
+const COUNT_UP: &str = "for i in $(seq 200); do echo $i; sleep 0.02; done; exit 3";
+
+/// Whoever waits for a program waits for it through whatever becomes of its machine, but for an
+/// end.
+pub(crate) async fn g05_a_program_is_followed_through_pauses(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    let path = format!("/v1/sandboxes/{id}");
+    let (exec, run) = (api.clone(), format!("{path}/exec"));
+    let body = json!({"cmd": "/bin/bash", "args": ["-c", COUNT_UP], "timeout_sec": 120});
+    let exec = tokio::spawn(async move { exec.post(&run, &body).await });
+    let cli = server.cli();
+    let args = ["sandbox", "exec", &id, "--", "/bin/bash", "-c", COUNT_UP].map(str::to_owned);
+    let followed = tokio::spawn(async move { cli.run(&args).await });
+    let begun = || async {
+        let line = "pgrep -c -f 'seq 200' || true";
+        let running = api.shell(&id, line).await;
+        // The line that asks has it in its own command.
+        (running.trim() == "3").then_some(())
+    };
+    eventually("both run", Duration::from_secs(60), begun).await;
+    let point = json!({"name": "point"});
+    let checkpoint = api.post(&format!("{path}/checkpoints"), &point).await;
+    checkpoint.expect(201);
+    for _ in 0..2 {
+        api.post(&format!("{path}/pause"), &json!({}))
+            .await
+            .expect(200);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(!exec.is_finished() && !followed.is_finished());
+        api.post(&format!("{path}/resume"), &json!({}))
+            .await
+            .expect(200);
+    }
+    let all: String = (1..=200).map(|n| format!("{n}\n")).collect();
+    let ran = exec.await.expect("no panic").expect(200).json();
+    assert_eq!(
+        (&ran["stdout"], &ran["exit_code"]),
+        (&json!(all), &json!(3))
+    );
+    assert_eq!(ran["timed_out"], false, "{ran}");
+    let followed = followed.await.expect("no panic").expect_code(3);
+    assert_eq!(followed.stdout, all);
+    api.destroy(&id).await;
+}
+
+/// What a program wrote is not taken back when its sandbox is, so it is not followed any more.
+/// One whose sandbox stays paused is answered for when its time is over.
+pub(crate) async fn g05_a_program_that_is_put_back_is_followed_no_more(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    let path = format!("/v1/sandboxes/{id}");
+    let point = json!({"name": "point"});
+    let checkpoint = api.post(&format!("{path}/checkpoints"), &point).await;
+    checkpoint.expect(201);
+    let start = |secs: u32| {
+        let (api, run) = (api.clone(), format!("{path}/exec"));
+        let body = json!({"cmd": "sleep", "args": ["600"], "timeout_sec": secs});
+        tokio::spawn(async move { api.post(&run, &body).await })
+    };
+    let sleeps = || async {
+        let running = api.shell(&id, "pgrep -c -x sleep || true").await;
+        (running.trim() == "1").then_some(())
+    };
+    let exec = start(0);
+    eventually("it runs", Duration::from_secs(30), sleeps).await;
+    let back = json!({"checkpoint": "point"});
+    api.post(&format!("{path}/rollback"), &back)
+        .await
+        .expect(200);
+    let ended = exec.await.expect("no panic");
+    ended.expect_error(409, "invalid_state", &["put back to another moment"]);
+
+    let exec = start(8);
+    eventually("it runs", Duration::from_secs(30), sleeps).await;
+    api.post(&format!("{path}/pause"), &json!({}))
+        .await
+        .expect(200);
+    let ended = exec.await.expect("no panic");
+    ended.expect_error(409, "invalid_state", &["paused"]);
+    api.destroy(&id).await;
+}

@@ -15,6 +15,7 @@
 
 mod bad_input;
 mod cli;
+mod death;
 mod diff;
 mod e2b;
 mod files;
@@ -68,6 +69,7 @@ fn shared() -> Vec<(&'static str, Shared)> {
         files: g31_fifty_mebibytes_arrive_unchanged, a_file_is_seen_whole_or_not_at_all;
         lifetime: g01_hanging_up_during_create_harms_nothing, g01_hanging_up_during_exec_harms_nothing,
             g09_an_unused_sandbox_expires_and_a_used_one_does_not;
+        death: g06_what_is_under_way_ends_with_its_machine, what_is_under_way_ends_with_a_guest_that_is_powered_off;
         isolation: g38_limits_hold_in_either_version_of_control_groups, g35_a_guest_reaches_neither_host_nor_guest_nor_private_ranges;
         hostile: g43_a_hostile_guest_changes_nothing_that_others_share;
         network_policy: g35_a_network_policy_holds_in_a_machine_and_through_a_pause;
@@ -82,7 +84,8 @@ fn shared() -> Vec<(&'static str, Shared)> {
             g17_long_chains_are_merged_and_nothing_changes,
             g09_time_pauses_where_asked_and_traffic_wakes;
         operations: g40_a_bundle_of_a_real_sandbox_holds_no_secret;
-        freeze: g26_a_pause_in_the_middle_of_everything, a_checkpoint_in_the_middle_breaks_nothing;
+        freeze: g26_a_pause_in_the_middle_of_everything, g05_a_program_is_followed_through_pauses,
+            g05_a_program_that_is_put_back_is_followed_no_more, a_checkpoint_in_the_middle_breaks_nothing;
         diff: a_diff_shows_exactly_what_was_done;
         e2b: the_published_python_client_works, the_published_node_client_works;
     }
@@ -104,7 +107,8 @@ fn exclusive() -> Vec<(&'static str, Exclusive)> {
             sandboxes_are_left_as_asked_when_the_server_ends,
             g02_agent_and_control_plane_are_killed_apart_and_lose_nothing;
         server: g02_ctrl_c_leaves_sandboxes_to_the_next_server, g02_sigkill_loses_no_sandbox,
-            a_machine_that_was_lost_with_its_host_boots_from_its_disk, g02_g03_chaos_loses_nothing,
+            a_machine_that_was_lost_with_its_host_boots_from_its_disk,
+            g02_a_sandbox_goes_on_while_the_monitor_is_changed, g02_g03_chaos_loses_nothing,
             g06_a_machine_that_dies_is_noticed_and_explained, down_destroy_ends_everything, doctor_says_what_this_host_can_do;
     }
 }

@@ -416,7 +416,11 @@ pub(crate) async fn g02_g04_paused_sandboxes_outlive_the_server(data_dir: &Path)
         server.signal(Signal::KILL);
         server.wait().await;
         cut.abort();
+        // As if it had died between the writing and the renaming of a note.
+        let half = data_dir.join(format!("paused/.{other}.json.new"));
+        std::fs::write(&half, "{\"version\"").expect("half a note");
         server = Server::start(data_dir).await;
+        assert!(!half.exists(), "half a note stays");
         let api = server.api();
         let seen = eventually("its state is true", Duration::from_secs(30), || async {
             let seen = api.get(&format!("/v1/sandboxes/{other}")).await.json();

@@ -82,6 +82,7 @@ impl From<StartError> for ConnectError {
         let text = error.to_string();
         match error {
             StartError::NoCommand
+            | StartError::Tag(_)
             | StartError::Nul(_)
             | StartError::VariableName(_)
             | StartError::NoCwd(_)

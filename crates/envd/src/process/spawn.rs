@@ -49,12 +49,18 @@ pub(super) struct Request {
     pub(super) deadline: Option<Instant>,
 }
 
+/// Bytes of a tag: it is a name, and kept for a while for each program that has ended.
+pub(super) const MOST_TAG: usize = 256;
+
 /// Why a program was not started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// No program was named.
     #[error("the request names no program: set `process.cmd`")]
     NoCommand,
+    /// A tag that is kept and listed for as long as the program.
+    #[error("the tag has {0} bytes: at most {MOST_TAG} are allowed")]
+    Tag(usize),
     /// A NUL byte, which no program can be given.
     #[error("{0} contains a NUL byte")]
     Nul(&'static str),
@@ -126,6 +132,11 @@ pub(super) async fn start(
     table: &Arc<Table>,
     request: Request,
 ) -> Result<(Arc<Process>, Reader), StartError> {
+    if let Some(tag) = &request.tag
+        && tag.len() > MOST_TAG
+    {
+        return Err(StartError::Tag(tag.len()));
+    }
     let entered = state.enter().await?;
     let counter = state.handover.as_ref().map(|h| h.counter(None));
     let log = Arc::new(Log::counted(counter));

@@ -10,6 +10,11 @@ use crate::support::{Envd, Told, command, header, pid, run, sh};
 #[tokio::test]
 async fn what_cannot_start_says_why() {
     let envd = Envd::start();
+    let with_tag = |bytes: usize| {
+        let mut request = sh("exit 7");
+        request.tag = Some("t".repeat(bytes));
+        request
+    };
     let with_cwd = |cwd: &str| {
         let mut request = sh("pwd");
         request.process.get_or_insert_default().cwd = Some(cwd.into());
@@ -31,6 +36,11 @@ async fn what_cannot_start_says_why() {
                 command("", &[]),
                 ErrorCode::InvalidArgument,
                 "the request names no program: set `process.cmd`",
+            ),
+            (
+                with_tag(257),
+                ErrorCode::InvalidArgument,
+                "the tag has 257 bytes: at most 256 are allowed",
             ),
             (
                 command("/etc", &[]),

@@ -70,10 +70,31 @@ pub async fn remove_folder(folder: &Path) -> Result<(), MachineError> {
     }
 }
 
+/// What a file is called until it is whole.
+pub fn unfinished(name: &str) -> String {
+    format!(".{name}.new")
+}
+
+/// Removes what [`write_json`] had begun in a folder when its process died. While nobody writes
+/// there.
+pub fn sweep_unfinished(folder: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let inner = name.strip_prefix('.').and_then(|n| n.strip_suffix(".new"));
+        if inner.is_some_and(|name| name.ends_with(".json")) {
+            std::fs::remove_file(entry.path())?;
+            tracing::info!(file = %entry.path().display(), "a file that was not whole is removed");
+        }
+    }
+    Ok(())
+}
+
 /// Replaces `folder/name` by `value` as JSON, in one step, readable by its owner only.
 pub fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(value)?;
-    let temporary = folder.join(format!(".{name}.new"));
+    let temporary = folder.join(unfinished(name));
     let write = || {
         let mut file = std::fs::OpenOptions::new()
             .write(true)
@@ -101,5 +122,35 @@ pub fn read_json<T: DeserializeOwned>(folder: &Path, name: &str) -> io::Result<O
             .map_err(|e| io::Error::other(format!("{} is damaged: {e}", path.display()))),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_whole_is_swept_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        write_json(dir.path(), "whole.json", &1).unwrap();
+        // Their writer died before the rename.
+        for name in ["whole.json", "other.json"] {
+            std::fs::write(dir.path().join(unfinished(name)), "{\"half").unwrap();
+        }
+        for name in [".other.new", ".hidden.json", "x.json.new"] {
+            std::fs::write(dir.path().join(name), "another's").unwrap();
+        }
+        sweep_unfinished(dir.path()).unwrap();
+        let mut left: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(
+            left,
+            [".hidden.json", ".other.new", "whole.json", "x.json.new"]
+        );
+        assert_eq!(read_json::<i32>(dir.path(), "whole.json").unwrap(), Some(1));
+        assert!(sweep_unfinished(&dir.path().join("gone")).is_err());
     }
 }

@@ -11,7 +11,7 @@ mod sweep;
 pub use bringup::{
     BootedMachine, boot_for_template, disk_bytes, kernel_command_line, new_restore_id,
 };
-pub use files::{read_json, remove_folder, vm_folder, write_json};
+pub use files::{read_json, remove_folder, sweep_unfinished, unfinished, vm_folder, write_json};
 pub use page_server::{failure as memory_failure, serve as serve_pages};
 pub use phases::{Phases, crash_by, reached};
 pub use restore::{BOOT_PATIENCE, FIRST_LAYER, Origin, Standby, restore};
@@ -24,11 +24,13 @@ use serde::{Deserialize, Serialize};
 use wrenn_net::{NetError, Slot, SlotPool};
 use wrenn_snapshot::SnapshotError;
 use wrenn_types::{AccessToken, SecretError, Shape};
-use wrenn_vmm::{Machine, Vmm, VmmError};
+use wrenn_vmm::probe::Driver;
+use wrenn_vmm::{Fingerprint, Machine, Vmm, VmmError, driver_in, end_in, lives_in};
 
 use crate::cgroups::Cgroups;
 use crate::config::HostConfig;
 use crate::guest::{Guest, GuestError};
+use crate::sandbox::Journal;
 
 /// What all machines of this host share.
 pub struct Site {
@@ -36,10 +38,20 @@ pub struct Site {
     pub config: HostConfig,
     /// The driver that runs VMs here.
     pub vmm: Arc<dyn Vmm>,
+    /// Those of machines that an earlier agent left, which had another.
+    pub others: Vec<Arc<dyn Vmm>>,
     /// Where their networks come from.
     pub slots: SlotPool,
     /// What limits their processes.
     pub cgroups: Cgroups,
+}
+
+impl Site {
+    /// The driver of this kind.
+    fn driver(&self, driver: Driver) -> Option<&Arc<dyn Vmm>> {
+        let mut all = [&self.vmm].into_iter().chain(&self.others);
+        all.find(|vmm| vmm.info().kind == driver.kind())
+    }
 }
 
 /// Why a machine cannot be had.
@@ -73,6 +85,14 @@ pub enum MachineError {
         "the disk is in the format {0}, and the monitor of this host takes {1}: start the agent with the monitor that made it (--vmm)"
     )]
     OtherFormat(String, &'static str),
+    /// It is of a monitor that this agent has no driver for.
+    #[error("{driver} runs the machine in {folder}, and this agent has no driver for it")]
+    NoDriver {
+        /// What runs it.
+        driver: Driver,
+        /// Its folder.
+        folder: PathBuf,
+    },
     /// A file of the machine could not be handled.
     #[error("cannot {action} {path}: {source}")]
     File {
@@ -102,6 +122,10 @@ pub struct Record {
     pub envd_version: String,
     /// How often its line of memory was restored.
     pub generation: u64,
+    /// What a state of it can be loaded by: the monitor that runs it, which may be another than a
+    /// later agent's. Records from before that was noted have none.
+    #[serde(default)]
+    pub fingerprint: Option<Fingerprint>,
     /// Authorises the host towards its guest agent.
     host_token: String,
 }
@@ -135,6 +159,14 @@ impl Record {
     }
 }
 
+/// Whether the machine in this folder is a sandbox; where that cannot be told it may be.
+pub fn is_a_sandboxs(folder: &Path) -> bool {
+    match Journal::read(folder) {
+        Ok(journal) => journal.is_some_and(|journal| journal.handed),
+        Err(_) => true,
+    }
+}
+
 /// What a machine is called after its folder: `m-…`.
 pub fn name_of(folder: &Path) -> String {
     let name = folder.file_name().unwrap_or_default();
@@ -145,6 +177,8 @@ pub fn name_of(folder: &Path) -> String {
 pub struct LiveMachine {
     /// Its VM.
     pub vm: Arc<dyn Machine>,
+    /// What drives it.
+    pub vmm: Arc<dyn Vmm>,
     /// Its network.
     pub slot: Slot,
     /// Its guest agent.
@@ -198,7 +232,18 @@ impl LiveMachine {
         let Some(record) = record.filter(|record| record.version == RECORD_VERSION) else {
             return Ok(None);
         };
-        let Some(vm) = site.vmm.adopt(&files::vm_folder(&folder)).await? else {
+        let vm_folder = files::vm_folder(&folder);
+        let Some(driver) = driver_in(&vm_folder)? else {
+            return Ok(None);
+        };
+        let Some(vmm) = site.driver(driver).cloned() else {
+            if lives_in(&vm_folder)? && is_a_sandboxs(&folder) {
+                return Err(MachineError::NoDriver { driver, folder });
+            }
+            end_in(&vm_folder).await?;
+            return Ok(None);
+        };
+        let Some(vm) = vmm.adopt(&vm_folder).await? else {
             return Ok(None);
         };
         let slot = match site.slots.adopt(record.slot).await {
@@ -213,6 +258,7 @@ impl LiveMachine {
         let guest = Guest::new(slot.guest());
         Ok(Some(LiveMachine {
             vm,
+            vmm,
             slot,
             guest,
             folder,

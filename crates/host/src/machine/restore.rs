@@ -231,6 +231,7 @@ async fn finish(
             let Ground { slot, folder, .. } = ground;
             let machine = LiveMachine {
                 vm,
+                vmm: site.vmm.clone(),
                 slot,
                 guest,
                 folder,
@@ -290,6 +291,7 @@ async fn prepare(
         disk_mib: manifest.disk_bytes >> 20,
         envd_version: manifest.envd_version.clone(),
         generation,
+        fingerprint: Some(site.vmm.info().fingerprint.clone()),
         host_token: host_token.reveal().to_owned(),
     };
     record.write(&ground.folder)?;

@@ -1,12 +1,11 @@
 //! Programs in a sandbox: run to the end, run and followed, attached to, fed and ended.
 
-use std::pin::pin;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use connectrpc::client::CallOptions;
-use connectrpc::{ConnectError, ErrorCode, ServiceStream, StreamMessage};
-use futures::{Stream, StreamExt, stream};
+use connectrpc::{ConnectError, ErrorCode, ServiceStream};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use wrenn_wire::process as envd;
 use wrenn_wire::process::__buffa::oneof::process_event::Event;
@@ -15,9 +14,10 @@ use wrenn_wire::process::__buffa::oneof::{process_input, process_selector};
 use wrenn_wire::wrenn::host::v1 as rpc;
 use wrenn_wire::wrenn::host::v1::__buffa::oneof as host_oneof;
 
-use super::{HostRpc, sandbox_id};
-use crate::guest::as_user;
-use crate::sandbox::Handle;
+use super::program::Program;
+use super::{HostRpc, sandbox_id, while_there};
+use crate::guest::{Processes, as_user};
+use crate::sandbox::{Bond, Handle};
 
 /// Bytes of stdout and of stderr that a unary exec keeps when its caller names no limit.
 const OUTPUT_LIMIT: usize = 1 << 20;
@@ -43,15 +43,6 @@ impl Collected {
 
 fn missing(what: &str) -> ConnectError {
     ConnectError::invalid_argument(format!("the request lacks its {what}"))
-}
-
-/// What the guest agent's refusal means to whoever asked the host: it knows the host's
-/// token, so "unauthenticated" is about the user that the command names.
-fn refused(mut error: ConnectError) -> ConnectError {
-    if error.code == ErrorCode::Unauthenticated {
-        error.code = ErrorCode::InvalidArgument;
-    }
-    error
 }
 
 fn start_request(handle: &Handle, command: &rpc::Command, stdin: bool) -> envd::StartRequest {
@@ -81,7 +72,7 @@ fn start_options(user: &str, timeout_ms: u64) -> CallOptions {
     }
 }
 
-fn pid_selector(pid: u32) -> envd::ProcessSelector {
+pub(super) fn pid_selector(pid: u32) -> envd::ProcessSelector {
     envd::ProcessSelector {
         selector: Some(process_selector::Selector::Pid(pid)),
         ..Default::default()
@@ -142,9 +133,9 @@ fn signal_number(status: &str) -> u32 {
     }
 }
 
-fn output(event: Option<Event>) -> Option<rpc::ProcessOutput> {
+fn output(event: Event) -> Option<rpc::ProcessOutput> {
     use host_oneof::process_output::Event as Out;
-    let event = match event? {
+    let event = match event {
         Event::Start(start) => Out::StartedPid(start.pid),
         Event::Data(data) => match data.output? {
             Output::Stdout(bytes) => Out::Stdout(bytes),
@@ -177,47 +168,44 @@ impl HostRpc {
             asked => asked.unwrap_or(OUTPUT_LIMIT_MAX).min(OUTPUT_LIMIT_MAX),
         };
         let processes = live.guest.processes();
+        let bond = handle.bond(&live);
         let start = start_request(&handle, command, request.stdin.is_some());
         let options = start_options(&command.user, request.timeout_ms);
-        let started_stream = processes.start_with_options(start, options).await;
-        let mut stream = started_stream.map_err(refused)?;
+        // The program's own time stands still while the sandbox is paused; its asker's does not.
+        let limit_ms = (request.timeout_ms != 0).then_some(request.timeout_ms);
+        let patience = limit_ms.and_then(|ms| started.checked_add(Duration::from_millis(ms)));
+        let mut program = Program::start(bond.clone(), &processes, start, options)
+            .await?
+            .with_patience(patience);
+        drop(live);
         let mut stdin = request.stdin;
         let (mut out, mut err) = (Collected::default(), Collected::default());
         let mut ended = None;
         let mut timed_out = false;
         loop {
-            let message: StreamMessage<envd::StartResponse> = match stream.message().await {
-                Ok(Some(message)) => message,
+            let event = match program.next().await {
+                Ok(Some(event)) => event,
                 Ok(None) => break,
                 Err(e) if e.code == ErrorCode::DeadlineExceeded => {
                     timed_out = true;
                     break;
                 }
-                Err(e) => return Err(refused(e)),
+                Err(e) => return Err(e),
             };
-            match message
-                .to_owned_message()
-                .event
-                .into_option()
-                .and_then(|event| event.event)
-            {
-                Some(Event::Start(start)) => {
+            match event {
+                Event::Start(start) => {
                     if let Some(bytes) = stdin.take() {
-                        feed(&processes, start.pid, bytes);
+                        feed(bond.clone(), &processes, start.pid, bytes);
                     }
                 }
-                Some(Event::Data(data)) => match data.output {
+                Event::Data(data) => match data.output {
                     Some(Output::Stdout(bytes) | Output::Pty(bytes)) => out.add(&bytes, limit),
                     Some(Output::Stderr(bytes)) => err.add(&bytes, limit),
                     None => {}
                 },
-                Some(Event::End(end)) => ended = Some(exit(&end)),
-                Some(Event::Keepalive(_)) | None => {}
+                Event::End(end) => ended = Some(exit(&end)),
+                Event::Keepalive(_) => {}
             }
-        }
-        if ended.is_none() && !timed_out {
-            let text = "the guest agent ended the stream without saying how the program ended";
-            return Err(ConnectError::unavailable(text));
         }
         let exit = ended.unwrap_or_else(|| rpc::Exit {
             code: -1,
@@ -262,21 +250,9 @@ impl HostRpc {
             .into();
         }
         let options = start_options(&command.user, request.timeout_ms);
-        let started = live
-            .guest
-            .processes()
-            .start_with_options(start, options)
-            .await;
-        let stream = started.map_err(refused)?;
-        let events = stream::unfold(stream, async |mut stream| {
-            let next: Result<Option<StreamMessage<envd::StartResponse>>, _> =
-                stream.message().await;
-            let event = next
-                .transpose()?
-                .map(|message| message.to_owned_message().event.into_option());
-            Some((event, stream))
-        });
-        Ok(follow(&handle, events))
+        let processes = live.guest.processes();
+        let program = Program::start(handle.bond(&live), &processes, start, options).await?;
+        Ok(follow(&handle, program))
     }
 
     pub(super) async fn attach_to(
@@ -286,20 +262,9 @@ impl HostRpc {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
         let live = handle.running().await?;
         let process = selector(request.process.as_option())?;
-        let request = envd::ConnectRequest {
-            process: process.into(),
-            ..Default::default()
-        };
-        let stream = live.guest.processes().connect(request).await?;
-        let events = stream::unfold(stream, async |mut stream| {
-            let next: Result<Option<StreamMessage<envd::ConnectResponse>>, _> =
-                stream.message().await;
-            let event = next
-                .transpose()?
-                .map(|message| message.to_owned_message().event.into_option());
-            Some((event, stream))
-        });
-        Ok(follow(&handle, events))
+        let processes = live.guest.processes();
+        let program = Program::attach(handle.bond(&live), &processes, process).await?;
+        Ok(follow(&handle, program))
     }
 
     pub(super) async fn input(
@@ -311,6 +276,7 @@ impl HostRpc {
         let (live, _in_use) = handle.in_use().await?;
         let process = selector(request.process.as_option())?.into();
         let processes = live.guest.processes();
+        let mut bond = handle.bond(&live);
         let bytes = |input| {
             envd::ProcessInput {
                 input: Some(input),
@@ -326,7 +292,7 @@ impl HostRpc {
                     input,
                     ..Default::default()
                 };
-                processes.send_input(send).await?;
+                while_there(&mut bond, processes.send_input(send)).await?;
             }
             Input::Terminal(data) => {
                 let input = bytes(process_input::Input::Pty(data));
@@ -335,14 +301,14 @@ impl HostRpc {
                     input,
                     ..Default::default()
                 };
-                processes.send_input(send).await?;
+                while_there(&mut bond, processes.send_input(send)).await?;
             }
             Input::CloseStdin(_) => {
                 let close = envd::CloseStdinRequest {
                     process,
                     ..Default::default()
                 };
-                processes.close_stdin(close).await?;
+                while_there(&mut bond, processes.close_stdin(close)).await?;
             }
             Input::Resize(size) => {
                 let pty = envd::PTY {
@@ -355,7 +321,7 @@ impl HostRpc {
                     pty,
                     ..Default::default()
                 };
-                processes.update(update).await?;
+                while_there(&mut bond, processes.update(update)).await?;
             }
             Input::Signal(number) => {
                 let signal = match number {
@@ -372,7 +338,7 @@ impl HostRpc {
                     signal: signal.into(),
                     ..Default::default()
                 };
-                processes.send_signal(send).await?;
+                while_there(&mut bond, processes.send_signal(send)).await?;
             }
         }
         Ok(rpc::SendInputResponse::default())
@@ -384,12 +350,10 @@ impl HostRpc {
     ) -> Result<rpc::ListProcessesResponse, ConnectError> {
         let handle = self.0.manager.get(sandbox_id(id)?)?;
         let (live, _in_use) = handle.in_use().await?;
-        let list = live
-            .guest
-            .processes()
-            .list(envd::ListRequest::default())
-            .await?
-            .into_owned();
+        let processes = live.guest.processes();
+        let asked = processes.list(envd::ListRequest::default());
+        let list = while_there(&mut handle.bond(&live), asked).await?;
+        let list = list.into_owned();
         let process = |process: envd::ProcessInfo| {
             let config = process.config.into_option().unwrap_or_default();
             rpc::ProcessInfo {
@@ -418,7 +382,7 @@ fn pty_size(size: &rpc::TerminalSize) -> envd::pty::Size {
 
 /// Gives a program its whole standard input, beside reading what it says. A program that
 /// ends without reading it all is no failure.
-fn feed(processes: &crate::guest::Processes, pid: u32, bytes: Vec<u8>) {
+fn feed(mut bond: Bond, processes: &Processes, pid: u32, bytes: Vec<u8>) {
     let processes = processes.clone();
     tokio::spawn(async move {
         let input = envd::ProcessInput {
@@ -438,38 +402,34 @@ fn feed(processes: &crate::guest::Processes, pid: u32, bytes: Vec<u8>) {
             processes.send_input(send).await?;
             processes.close_stdin(close).await
         };
-        if let Err(error) = fed.await {
+        if let Err(error) = while_there(&mut bond, fed).await {
             tracing::debug!(pid, %error, "the program did not take all of its input");
         }
     });
 }
 
-/// What the guest agent says of a program, as a stream of the host's; use of the sandbox for
-/// as long as somebody follows.
-fn follow(
-    handle: &Handle,
-    events: impl Stream<Item = Result<Option<envd::ProcessEvent>, ConnectError>> + Send + 'static,
-) -> ServiceStream<rpc::ProcessOutput> {
+/// What a program does, as a stream of the host's; use of the sandbox for as long as somebody
+/// follows.
+fn follow(handle: &Handle, mut program: Program) -> ServiceStream<rpc::ProcessOutput> {
     let (sender, receiver) = mpsc::channel(FOLLOW_BUFFER);
     let in_use = handle.activity.begin();
     tokio::spawn(async move {
         let _in_use = in_use;
-        let mut events = pin!(events);
         loop {
             let event = tokio::select! {
-                event = events.next() => event,
+                event = program.next() => event,
                 // The follower left; the program goes on.
                 () = sender.closed() => return,
             };
             let sent = match event {
-                Some(Ok(event)) => match event.and_then(|event| output(event.event)) {
+                Ok(Some(event)) => match output(event) {
                     Some(output) => sender.send(Ok(output)).await,
                     None => continue,
                 },
-                None => return,
-                Some(Err(error)) => {
+                Ok(None) => return,
+                Err(error) => {
                     // Whoever left does not want to know.
-                    let _ = sender.send(Err(refused(error))).await;
+                    let _ = sender.send(Err(error)).await;
                     return;
                 }
             };

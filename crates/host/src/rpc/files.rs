@@ -10,7 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use wrenn_wire::wrenn::host::v1 as rpc;
 use wrenn_wire::wrenn::host::v1::__buffa::oneof::{read_file_response, write_file_request};
 
-use super::{HostRpc, sandbox_id};
+use super::{HostRpc, sandbox_id, while_there};
 use crate::guest::chain;
 
 /// Chunks between a fast and a slow side.
@@ -31,7 +31,9 @@ impl HostRpc {
         let handle = self.0.manager.get(sandbox_id(&request.sandbox_id)?)?;
         let live = handle.running().await?;
         let in_use = handle.activity.begin();
-        let (size, mut body) = live.guest.read_file(&request.path, &request.user).await?;
+        let mut bond = handle.bond(&live);
+        let asked = live.guest.read_file(&request.path, &request.user);
+        let (size, mut body) = while_there(&mut bond, asked).await?;
         let (sender, receiver) = mpsc::channel(BUFFER);
         tokio::spawn(async move {
             let _in_use = in_use;
@@ -42,23 +44,23 @@ impl HostRpc {
                     return;
                 }
                 // A frame may carry trailers instead of data; they say nothing here.
-                let chunk = loop {
-                    match body.frame().await {
-                        Some(Ok(frame)) => match frame.into_data() {
-                            Ok(data) => break Some(Ok(data)),
-                            Err(_) => continue,
-                        },
-                        Some(Err(error)) => break Some(Err(error)),
-                        None => break None,
+                let chunk = async {
+                    loop {
+                        let frame = body.frame().await.transpose().map_err(|error| {
+                            let why = chain(&error);
+                            ConnectError::data_loss(format!("the file broke off: {why}"))
+                        })?;
+                        match frame.map(Frame::into_data) {
+                            Some(Ok(data)) => return Ok::<_, ConnectError>(Some(data)),
+                            Some(Err(_)) => continue,
+                            None => return Ok(None),
+                        }
                     }
                 };
-                sent = match chunk {
-                    Some(Ok(data)) => Ok(part(read_file_response::Part::Chunk(data.into()))),
-                    Some(Err(error)) => Err(ConnectError::data_loss(format!(
-                        "the file broke off: {}",
-                        chain(&error)
-                    ))),
-                    None => return,
+                sent = match while_there(&mut bond, chunk).await {
+                    Ok(Some(data)) => Ok(part(read_file_response::Part::Chunk(data.into()))),
+                    Ok(None) => return,
+                    Err(error) => Err(error),
                 };
             }
         });
@@ -104,8 +106,11 @@ impl HostRpc {
             }
             size
         };
-        let (written, size) = tokio::join!(write, feed);
-        written?;
+        let both = async {
+            let (written, size) = tokio::join!(write, feed);
+            written.map(|()| size)
+        };
+        let size = while_there(&mut handle.bond(&live), both).await?;
         Ok(rpc::WriteFileResponse {
             path: target.path,
             size,

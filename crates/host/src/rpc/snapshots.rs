@@ -8,7 +8,7 @@ use wrenn_types::SandboxState;
 use wrenn_wire::wrenn::host::v1 as rpc;
 
 use super::sandboxes::{phases, sandbox};
-use super::{HostRpc, sandbox_id, snapshot_failure};
+use super::{HostRpc, REASON_HEADER, sandbox_id, snapshot_failure};
 use crate::events::Actor;
 use crate::lifetime::Lifetime;
 use crate::sandbox::{Certificate, Order, Resume};
@@ -123,6 +123,7 @@ impl HostRpc {
             actor: Actor::Request,
             boot: request.boot,
             pause_at_end: request.pause_at_end,
+            rolled_back: false,
         };
         let done = handle.resume(resume).await?;
         Ok(rpc::ResumeSandboxResponse {
@@ -216,7 +217,15 @@ impl HostRpc {
                         child.certificate = certificate(&live.certificate).into();
                     }
                 }
-                Err(error) => child.error = crate::guest::chain(&error),
+                Err(error) => {
+                    child.error = crate::guest::chain(&error);
+                    let reason = ConnectError::from(error);
+                    let reason = reason.response_headers().get(REASON_HEADER);
+                    child.reason = reason
+                        .and_then(|reason| reason.to_str().ok())
+                        .unwrap_or_default()
+                        .to_owned();
+                }
             }
             child
         });

@@ -53,6 +53,11 @@ impl End {
         }
     }
 
+    /// Whether its machine died, rather than was ended.
+    pub fn is_death(&self) -> bool {
+        self.state == SandboxState::Error
+    }
+
     /// It could not be started.
     pub fn at_start(reason: String) -> End {
         End {

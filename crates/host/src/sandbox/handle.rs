@@ -11,7 +11,7 @@ use wrenn_types::{AccessToken, SandboxId, SandboxState, Shape};
 use wrenn_vmm::Machine;
 
 use super::journal::Journal;
-use super::{NetworkRules, SandboxError};
+use super::{Bond, NetworkRules, SandboxError};
 use crate::activity::{Activity, InUse};
 use crate::events::Actor;
 use crate::guest::{Guest, Restored};
@@ -30,6 +30,8 @@ pub struct View {
     pub state: SandboxState,
     /// Why, when that is not by request.
     pub reason: Option<String>,
+    /// The class of that reason, when its machine died.
+    pub died: Option<&'static str>,
     /// How long it may live.
     pub lifetime: Lifetime,
     /// When it was given to its user.
@@ -98,6 +100,15 @@ pub struct Certificate {
     pub phases: Phases,
     /// It was booted: there was no memory to restore.
     pub booted: bool,
+    /// It is as the sandbox once was, not as it was when it last ran.
+    pub rolled_back: bool,
+}
+
+impl Certificate {
+    /// Whether programs of the machine before go on in this one.
+    pub fn goes_on(&self) -> bool {
+        !self.booted && !self.rolled_back
+    }
 }
 
 /// A request's answer.
@@ -132,6 +143,8 @@ pub struct Resume {
     pub boot: bool,
     /// From now on it is paused when its time is over; else that stays as it was.
     pub pause_at_end: bool,
+    /// What it is paused as is not what it was when it last ran.
+    pub rolled_back: bool,
 }
 
 impl Resume {
@@ -142,6 +155,7 @@ impl Resume {
             actor,
             boot: false,
             pause_at_end: false,
+            rolled_back: false,
         }
     }
 }
@@ -313,6 +327,16 @@ impl Handle {
     pub async fn in_use(&self) -> Result<(Arc<Live>, InUse), SandboxError> {
         let in_use = self.activity.begin();
         Ok((self.running().await?, in_use))
+    }
+
+    /// Tells when this machine is its machine no more.
+    pub fn bond(&self, live: &Arc<Live>) -> Bond {
+        Bond {
+            id: self.id,
+            view: self.view.clone(),
+            shared: self.live.clone(),
+            machine: Arc::downgrade(live),
+        }
     }
 
     /// Whether it is paused and traffic to its ports resumes it.

@@ -1,5 +1,6 @@
 //! Sandboxes: one owner task each, found through the manager.
 
+mod bond;
 mod death;
 mod diff;
 mod everything;
@@ -14,6 +15,7 @@ mod rehearsal;
 mod room;
 mod transitions;
 
+pub use bond::{Bond, Fate};
 pub use death::cpu_ms;
 pub use diff::{Against, Diffs};
 pub use everything::Everything;
@@ -60,6 +62,9 @@ pub enum SandboxError {
     /// Its guest agent failed.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// Its guest agent does not answer, and it can only be saved with its help.
+    #[error("nothing was saved, and the sandbox runs on: {0}")]
+    Unresponsive(#[source] GuestError),
     /// Its journal cannot be kept.
     #[error("cannot keep the journal of sandbox {id}: {source}")]
     Journal {
@@ -93,6 +98,32 @@ pub enum SandboxError {
     /// What it is to reach cannot be read.
     #[error(transparent)]
     Network(#[from] wrenn_net::PolicyError),
+    /// Its machine died while something was under way in it.
+    #[error("the machine of sandbox {id} died while this was under way: {reason}")]
+    Died {
+        /// Which one.
+        id: SandboxId,
+        /// One word for the class of the reason.
+        cause: &'static str,
+        /// Its death certificate's reason.
+        reason: String,
+    },
+    /// It ended while something was under way in it.
+    #[error("sandbox {id} ended while this was under way: {reason}")]
+    Over {
+        /// Which one.
+        id: SandboxId,
+        /// Why.
+        reason: String,
+    },
+    /// It was paused while something was under way in it that does not outlast that.
+    #[error("sandbox {0} was paused while this was under way: resume it and ask again")]
+    PutAway(SandboxId),
+    /// It went on as another machine while something was under way in it.
+    #[error(
+        "sandbox {0} was put back to another moment, or booted, while this was under way: ask again"
+    )]
+    Replaced(SandboxId),
     /// Something was cut short.
     #[error("{0}")]
     Broken(String),

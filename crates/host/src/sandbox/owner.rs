@@ -107,6 +107,7 @@ impl Owner {
         let (view, seen) = watch::channel(View {
             state,
             reason: None,
+            died: None,
             lifetime,
             started_at,
             about: None,
@@ -191,6 +192,7 @@ impl Owner {
             restored: Restored::default(),
             phases: Phases::default(),
             booted: journal.line.booted,
+            rolled_back: false,
         };
         self.publish(&machine, &journal, certificate);
         self.set(SandboxState::Running, None);
@@ -450,7 +452,11 @@ impl Owner {
                             let left = paused.snapshot;
                             paused = back;
                             self.release_parent(Some(left), id).await;
-                            match self.resume(&paused, Resume::by(Actor::Request)).await {
+                            let resume = Resume {
+                                rolled_back: true,
+                                ..Resume::by(Actor::Request)
+                            };
+                            match self.resume(&paused, resume).await {
                                 Ok((machine, journal, resumed)) => {
                                     self.happened(Kind::RolledBack, Actor::Request, None);
                                     let _ = answer.send(Ok(resumed));
@@ -481,6 +487,7 @@ impl Owner {
                 restored: Restored::default(),
                 phases: Phases::default(),
                 booted: false,
+                rolled_back: false,
             },
             |live| live.certificate.clone(),
         )
@@ -493,7 +500,11 @@ impl Owner {
         end: End,
         asked: Option<Answer<()>>,
     ) -> Next {
-        self.set(SandboxState::Stopping, end.reason.clone());
+        self.view.send_modify(|view| {
+            view.state = SandboxState::Stopping;
+            view.reason.clone_from(&end.reason);
+            view.died = end.is_death().then_some(end.cause);
+        });
         set_live(&self.live, None);
         let mut certificate = certificate(&end, journal, &console_of(&machine));
         let cpu = cpu_ms(machine.vm.pids().vmm.pid);

@@ -36,7 +36,7 @@ impl Rehearsal {
         machine: &LiveMachine,
         activity: &Arc<Activity>,
     ) -> Rehearsal {
-        if common.site.vmm.info().accelerator != Accelerator::Tcg {
+        if machine.vmm.info().accelerator != Accelerator::Tcg {
             return Rehearsal(None);
         }
         let (common, guest, activity) = (common.clone(), machine.guest.clone(), activity.clone());

@@ -213,6 +213,7 @@ impl Owner {
             restored,
             phases,
             booted: origin.boots(),
+            rolled_back: false,
         })
     }
 
@@ -361,7 +362,8 @@ impl Owner {
                 origin: &origin,
                 keep: true,
             };
-            let certificate = self.hand_over(&machine, handing, phases).await?;
+            let mut certificate = self.hand_over(&machine, handing, phases).await?;
+            certificate.rolled_back = resume.rolled_back;
             // From here on it is not paused any more.
             Paused::remove(&site.config.paused_dir(), self.id).map_err(|source| {
                 SandboxError::Journal {
@@ -423,7 +425,8 @@ impl Owner {
                     origin: &origin,
                     keep: false,
                 };
-                let certificate = self.hand_over(&other, handing, phases).await?;
+                let mut certificate = self.hand_over(&other, handing, phases).await?;
+                certificate.rolled_back = true;
                 // From here on the sandbox is this machine: of two, the later generation is.
                 journal.keep(&other.folder)?;
                 Ok(certificate)

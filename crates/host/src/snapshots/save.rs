@@ -21,14 +21,15 @@ use wrenn_snapshot::{
     Compression, Description, Draft, Import, Memory, Origin, Snapshot, SnapshotError, SnapshotId,
     Vmm, pages_of,
 };
-use wrenn_vmm::{DeltaPages, LayerFormat, Run, SavedDelta, left_layer};
+use wrenn_vmm::probe::Driver;
+use wrenn_vmm::{DeltaPages, Fingerprint, LayerFormat, Run, SavedDelta, driver_in, left_layer};
 
 use super::{
     LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE, Scope, Snapshots, TemplateBase,
     blocking, firmware_part,
 };
 use crate::activity::unix_ms;
-use crate::guest::{Guest, chain};
+use crate::guest::{Guest, GuestError, chain};
 use crate::machine::{LiveMachine, MachineError, Phases, Record, Site, vm_folder};
 use crate::sandbox::{Journal, SandboxError};
 use crate::template::LoadedTemplate;
@@ -130,10 +131,11 @@ impl Saver<'_> {
             phases.0.push(("frozen", frozen.elapsed()));
         }
         clock = Instant::now();
-        let description = self.description(&machine.record, journal, name);
+        let by = machine.vmm.info();
+        let description = self.description(&machine.record, journal, name, &by.fingerprint);
         let layers = before.paths(&machine.folder);
         let committed = {
-            let (parent, format) = (parent.clone(), self.site.vmm.info().layers);
+            let (parent, format) = (parent.clone(), machine.vmm.info().layers);
             blocking(move || commit(draft, parent.as_deref(), &layers, format, description))
         };
         let committed = match committed.await {
@@ -188,8 +190,10 @@ impl Saver<'_> {
         let mut layers = journal.line.paths(folder);
         let written = left_layer(&vm_folder(folder), &layers).map_err(MachineError::from)?;
         layers.truncate(written + 1);
-        let format = self.site.vmm.info().layers;
-        let description = self.description(record, journal, "");
+        let here = self.site.vmm.info();
+        let driver = driver_in(&vm_folder(folder)).map_err(MachineError::from)?;
+        let format = driver.map_or(here.layers, Driver::layers);
+        let description = self.description(record, journal, "", &here.fingerprint);
         let store = self.snapshots.store().clone();
         let saved = blocking(move || {
             let draft = store.draft(&parent.as_deref().into_iter().collect::<Vec<_>>())?;
@@ -208,7 +212,7 @@ impl Saver<'_> {
         path: &Path,
     ) -> Result<(), SandboxError> {
         let disk_bytes = self.template.manifest.disk_bytes;
-        let made = self.site.vmm.create_layer(path, disk_bytes);
+        let made = machine.vmm.create_layer(path, disk_bytes);
         made.map_err(MachineError::from)?;
         // Before the switch, so that the next agent knows of the layer if this one dies.
         journal.keep(&machine.folder)
@@ -239,7 +243,13 @@ impl Saver<'_> {
         phases: &mut Phases,
     ) -> Result<Draft, SandboxError> {
         let mut clock = Instant::now();
-        machine.guest.prepare_snapshot().await?;
+        let quiet = machine.guest.prepare_snapshot().await;
+        quiet.map_err(|error| match error {
+            GuestError::Refused { .. } => SandboxError::Guest(error),
+            GuestError::Unreachable { .. } | GuestError::Broken { .. } => {
+                SandboxError::Unresponsive(error)
+            }
+        })?;
         phases.note("quiesce", &mut clock);
         if let Some(lies_on) = lies_on {
             let saved = machine.vm.save_delta().await.map_err(MachineError::from)?;
@@ -269,8 +279,16 @@ impl Saver<'_> {
         Ok(draft)
     }
 
-    fn description(&self, record: &Record, journal: &Journal, name: &str) -> Description {
-        let info = self.site.vmm.info();
+    /// What is said of a save; `here` is what a machine is taken to run in whose record does not
+    /// tell.
+    fn description(
+        &self,
+        record: &Record,
+        journal: &Journal,
+        name: &str,
+        here: &Fingerprint,
+    ) -> Description {
+        let by = record.fingerprint.as_ref().unwrap_or(here);
         let labels = [
             (LABEL_SANDBOX, journal.sandbox.to_string()),
             (LABEL_TEMPLATE, journal.template.clone()),
@@ -287,10 +305,10 @@ impl Saver<'_> {
                 envd_version: record.envd_version.clone(),
             },
             vmm: Vmm {
-                driver: info.kind.to_owned(),
-                version: info.version.clone(),
+                driver: by.vmm.clone(),
+                version: by.version.clone(),
                 // Of plain fields only.
-                fingerprint: serde_json::to_value(&info.fingerprint).unwrap_or_default(),
+                fingerprint: serde_json::to_value(by).unwrap_or_default(),
             },
             labels: labels
                 .map(|(label, value)| (label.to_owned(), value))

@@ -126,8 +126,10 @@ pub struct TemplateStore {
     loaded: std::sync::Mutex<HashMap<(String, Shape), Arc<LoadedTemplate>>>,
     /// By their own digest: those that a snapshot asked for.
     by_digest: std::sync::Mutex<HashMap<String, Arc<LoadedTemplate>>>,
-    /// Held while one is loaded or made, so that it is made once, however many ask.
+    /// Held while one is found or made, so that it is made once, however many ask.
     making: Mutex<()>,
+    /// Held while one is loaded, so that it is once. A machine that is saved waits for no boot.
+    loading: Mutex<()>,
 }
 
 impl TemplateStore {
@@ -139,6 +141,7 @@ impl TemplateStore {
             loaded: Default::default(),
             by_digest: Default::default(),
             making: Mutex::default(),
+            loading: Mutex::default(),
         }
     }
 
@@ -187,17 +190,21 @@ impl TemplateStore {
         if let Some(template) = there(&key) {
             return Ok(template);
         }
-        let template = match self.find(site, name, &image, shape).await? {
-            Some(template) => template,
-            None => {
-                self.check_image(name, &image).await?;
-                let folder = freeze::freeze(site, &self.dir, name, &image, shape).await?;
-                self.load(name, &image, folder).await?
-            }
+        let keep = |template| {
+            let template = Arc::new(template);
+            self.loaded().insert(key, Arc::clone(&template));
+            template
         };
-        let template = Arc::new(template);
-        self.loaded().insert(key, template.clone());
-        Ok(template)
+        {
+            let _loading = self.loading.lock().await;
+            if let Some(template) = self.find(site, name, &image, shape).await? {
+                return Ok(keep(template));
+            }
+        }
+        self.check_image(name, &image).await?;
+        let folder = freeze::freeze(site, &self.dir, name, &image, shape).await?;
+        let _loading = self.loading.lock().await;
+        Ok(keep(self.load(name, &image, folder).await?))
     }
 
     /// The template that a snapshot was made over, also when its name means another by now.
@@ -205,13 +212,19 @@ impl TemplateStore {
     /// Also of another monitor's, whose states cannot be loaded here: the snapshot says so
     /// itself, and its disk can still be booted.
     pub async fn of_snapshot(&self, digest: &str) -> Result<Arc<LoadedTemplate>, TemplateError> {
-        if let Some(template) = self.loaded().values().find(|t| t.digest == digest) {
-            return Ok(template.clone());
-        }
         let others = || self.by_digest.lock().unwrap_or_else(|e| e.into_inner());
-        let _turn = self.making.lock().await;
-        if let Some(template) = others().get(digest) {
-            return Ok(template.clone());
+        let there = || {
+            let loaded = self.loaded();
+            let found = loaded.values().find(|t| t.digest == digest);
+            found.cloned().or_else(|| others().get(digest).cloned())
+        };
+        if let Some(template) = there() {
+            return Ok(template);
+        }
+        let _loading = self.loading.lock().await;
+        // Somebody else may have loaded it meanwhile.
+        if let Some(template) = there() {
+            return Ok(template);
         }
         let folder = self.dir.join(digest.replace(':', "-"));
         let manifest = read_manifest(&folder)?;

@@ -40,9 +40,10 @@ pub use self::api::ApiError;
 pub use self::config::{Devices, FirecrackerConfig};
 pub use self::drives::{CloneWay, Cloning};
 pub use self::machine::{FirecrackerMachine, left_layer};
+use crate::probe::Driver;
 use crate::{
-    Accelerator, BootSpec, Delta, Fingerprint, KernelFormat, LayerFormat, Machine, MachineSpec,
-    RestoreSpec, SealedMemory, ServedSpec, Vmm, VmmError, VmmInfo,
+    Accelerator, BootSpec, Delta, Fingerprint, KernelFormat, Machine, MachineSpec, RestoreSpec,
+    SealedMemory, ServedSpec, Vmm, VmmError, VmmInfo,
 };
 
 /// Version of the driver's device layout; see [`Fingerprint::layout`].
@@ -58,7 +59,7 @@ impl FirecrackerVmm {
     /// A driver; starts nothing.
     pub fn new(config: FirecrackerConfig) -> FirecrackerVmm {
         let info = VmmInfo {
-            kind: "firecracker",
+            kind: Driver::Firecracker.kind(),
             path: config.program.clone(),
             version: config.version.clone(),
             accelerator: Accelerator::Kvm,
@@ -74,7 +75,7 @@ impl FirecrackerVmm {
                 layout: LAYOUT,
             },
             slowness: config.slowness,
-            layers: LayerFormat::Raw,
+            layers: Driver::Firecracker.layers(),
             kernel: KernelFormat::Elf,
             page_server: config.userfaultfd,
             stands_by: false,

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{FIRECRACKER_MINIMUM, HostReport};
-use crate::{Accelerator, VmmError};
+use crate::{Accelerator, LayerFormat, VmmError};
 
 /// A monitor that there is a driver for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -15,6 +15,24 @@ pub enum Driver {
     Qemu,
     /// [`crate::FirecrackerVmm`]: on hardware virtualisation.
     Firecracker,
+}
+
+impl Driver {
+    /// How disk layers of its machines are written.
+    pub const fn layers(self) -> LayerFormat {
+        match self {
+            Driver::Qemu => LayerFormat::Qcow2,
+            Driver::Firecracker => LayerFormat::Raw,
+        }
+    }
+
+    /// What [`crate::VmmInfo::kind`] calls it.
+    pub const fn kind(self) -> &'static str {
+        match self {
+            Driver::Qemu => "qemu",
+            Driver::Firecracker => "firecracker",
+        }
+    }
 }
 
 impl fmt::Display for Driver {

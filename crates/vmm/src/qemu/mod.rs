@@ -21,10 +21,10 @@ use async_trait::async_trait;
 use self::machine::QemuMachine;
 pub use self::save::state_file;
 use crate::keeper::Launcher;
-use crate::probe::{Choice, HostReport, QEMU_MINIMUM};
+use crate::probe::{Choice, Driver, HostReport, QEMU_MINIMUM};
 use crate::{
-    BootSpec, Delta, Fingerprint, KernelFormat, LayerFormat, Machine, MachineSpec, RestoreSpec,
-    SealedMemory, ServedSpec, Vmm, VmmError, VmmInfo, create_overlay,
+    BootSpec, Delta, Fingerprint, KernelFormat, Machine, MachineSpec, RestoreSpec, SealedMemory,
+    ServedSpec, Vmm, VmmError, VmmInfo, create_overlay,
 };
 
 /// What the driver needs to know.
@@ -92,7 +92,7 @@ impl QemuVmm {
         let accelerator = config.choice.accelerator;
         QemuVmm {
             info: VmmInfo {
-                kind: "qemu",
+                kind: Driver::Qemu.kind(),
                 path: config.program,
                 version: config.version.clone(),
                 accelerator,
@@ -108,7 +108,7 @@ impl QemuVmm {
                     layout: args::LAYOUT,
                 },
                 slowness: config.slowness,
-                layers: LayerFormat::Qcow2,
+                layers: Driver::Qemu.layers(),
                 kernel: KernelFormat::BzImage,
                 page_server: false,
                 stands_by: true,

@@ -19,6 +19,8 @@ use crate::error::Failure;
 const TRUTH: Duration = Duration::from_secs(30);
 /// So long an operation may take to reach the step at which it is killed.
 const REACH: Duration = Duration::from_secs(120);
+/// What a full disk is told as.
+const FULL: &str = "host_disk_full";
 /// So long it may take on a full or a slow disk: longer than the server waits for its host.
 const HARMED: Duration = Duration::from_secs(180);
 /// What is given back in the background is back by then.
@@ -207,6 +209,9 @@ impl Bed {
             Ok(Err(join)) => return Err(Failure::from_error(&join)),
             Err(_) => return Err(failed("it neither succeeds nor fails")),
         };
+        if case.harm == Harm::FullDisk && !["done", FULL].contains(&word.as_str()) {
+            return Err(failed(format!("a full disk is told as `{word}`")));
+        }
         self.wait_for_truth().await?;
         let seen = match target {
             None => self.look_at_created().await?,

@@ -46,6 +46,8 @@ pub(crate) struct Pause {
         (status = 401, body = E2bErrorBody, description = "No valid key"),
         (status = 404, body = E2bErrorBody, description = "No such sandbox"),
         (status = 409, body = E2bErrorBody, description = "It was paused"),
+        (status = 503, body = E2bErrorBody, description = "Its guest agent does not answer; it runs on"),
+        (status = 507, body = E2bErrorBody, description = "The host's disk is full; it runs on"),
     )
 )]
 pub(super) async fn pause(
@@ -56,7 +58,14 @@ pub(super) async fn pause(
 ) -> Result<Response, E2bError> {
     let disk_only = body.memory == Some(false);
     let paused = app.pause(principal.team, id, disk_only).await;
-    let moved = paused.map_err(|e| as_conflict(id, e))?;
+    let moved = paused.map_err(|mut failure| {
+        // To these clients 409 means that it was paused before, and 503 that it runs on.
+        if failure.code == Code::GuestUnresponsive {
+            failure.code = Code::HostUnavailable;
+            failure.e2b = None;
+        }
+        as_conflict(id, failure)
+    })?;
     Ok(timed(StatusCode::NO_CONTENT.into_response(), &moved.phases))
 }
 
@@ -232,7 +241,8 @@ impl From<SnapshotRow> for SnapshotInfo {
         (status = 400, body = E2bErrorBody, description = "Malformed"),
         (status = 401, body = E2bErrorBody, description = "No valid key"),
         (status = 404, body = E2bErrorBody, description = "No such sandbox"),
-        (status = 409, body = E2bErrorBody, description = "The name is reserved"),
+        (status = 409, body = E2bErrorBody, description = "The name is reserved, or its guest agent does not answer"),
+        (status = 507, body = E2bErrorBody, description = "The host's disk is full"),
     )
 )]
 pub(super) async fn create(

@@ -1,6 +1,7 @@
 //! `…/files`: files in and out of a sandbox.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::multipart::{Field, MultipartError, MultipartRejection};
@@ -27,6 +28,8 @@ const UPLOAD_LIMIT: usize = 16 << 30;
 /// Bytes copied at a time from a file that waited on this machine's disk.
 const COPY: usize = 256 * 1024;
 
+/// How long the next piece of an upload that has failed may take before that is answered.
+const SENDS_WITHIN: Duration = Duration::from_secs(2);
 /// Longest text field of an upload.
 const FIELD_LIMIT: usize = 8 * 1024;
 
@@ -281,8 +284,28 @@ impl Receiving<'_> {
             return Ok(());
         };
         let mut upload = self.open(path).await?;
-        while let Some(chunk) = field.chunk().await.map_err(broken)? {
-            upload.write(&chunk).await;
+        let mut given_up = false;
+        loop {
+            let chunk = match given_up {
+                false => tokio::select! {
+                    chunk = field.chunk() => chunk,
+                    () = upload.given_up() => {
+                        given_up = true;
+                        continue;
+                    }
+                },
+                // Most clients read an answer when they have sent everything. One that waits
+                // itself is not waited for.
+                true => match tokio::time::timeout(SENDS_WITHIN, field.chunk()).await {
+                    Ok(chunk) => chunk,
+                    Err(_) => return upload.finish(self.app).await.map(drop),
+                },
+            };
+            match chunk.map_err(broken)? {
+                Some(chunk) if !given_up => upload.write(&chunk).await,
+                Some(_) => {}
+                None => break,
+            }
         }
         self.upload = Some(upload);
         Ok(())
