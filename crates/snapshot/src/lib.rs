@@ -32,6 +32,7 @@ mod manifest;
 mod map;
 mod memory;
 mod page;
+mod sparse;
 mod store;
 mod writer;
 
@@ -39,8 +40,8 @@ pub use digest::{BaseId, Digest, DigestError, ObjectId, SnapshotId};
 pub use error::{Fault, Need, Result, SnapshotError};
 pub use generation::{Compression, generation_pages};
 pub use manifest::{
-    Description, DiskLayer, GenerationPart, MachinePart, Manifest, MemoryPart, ObjectFile, Origin,
-    Part, PartName, Vmm,
+    Description, DiskLayer, GenerationPart, LayerDigest, MachinePart, Manifest, MemoryPart,
+    ObjectFile, Origin, Part, PartName, Vmm,
 };
 pub use map::{Extent, GenerationRef, PageCounts, PageMap, Source};
 pub use memory::{Content, Delta, Memory, PageReader};

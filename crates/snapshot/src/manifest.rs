@@ -16,7 +16,9 @@ use crate::{BaseId, Digest, Fault, ObjectId, Result, SnapshotError, SnapshotId};
 /// First word of the file.
 const MAGIC: &str = "wrenn-snapshot";
 /// Version of the format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The version before: all its disk layers have the plain digest.
+const BEFORE: u32 = 1;
 /// A larger manifest is not read.
 pub(crate) const MAX_BYTES: u64 = 1 << 20;
 /// A larger device state or additional part is neither written nor read: they are kept in
@@ -151,16 +153,36 @@ pub struct MachinePart {
     pub parts: BTreeMap<PartName, Part>,
 }
 
+/// Of what the name of a disk layer is the digest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerDigest {
+    /// Of the file, as `b3sum` prints it. Layers of version 1, which say nothing about it.
+    #[default]
+    Plain,
+    /// Of its length and what in it is not zero; see `docs/snapshot-format.md`.
+    Sparse,
+}
+
+impl LayerDigest {
+    fn is_plain(&self) -> bool {
+        *self == LayerDigest::Plain
+    }
+}
+
 /// A layer of the disk: an immutable object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskLayer {
-    /// Its name: the digest of the file.
+    /// Its name: a digest of the file.
     pub id: ObjectId,
     /// Bytes of the file.
     pub bytes: u64,
     /// What it is: `qcow2`, `raw`.
     pub format: String,
+    /// Which digest its name is.
+    #[serde(default, skip_serializing_if = "LayerDigest::is_plain")]
+    pub digest: LayerDigest,
 }
 
 /// What the maker of a snapshot knows about it.
@@ -201,13 +223,22 @@ impl Manifest {
         let json = serde_json::to_string_pretty(self)
             .map_err(|error| SnapshotError::Incomplete(error.to_string()))?;
         let digest = Digest::of(json.as_bytes());
-        let bytes = format!("{MAGIC} {VERSION} {} {digest}\n{json}", json.len()).into_bytes();
+        let version = self.version();
+        let bytes = format!("{MAGIC} {version} {} {digest}\n{json}", json.len()).into_bytes();
         if bytes.len() as u64 > MAX_BYTES {
             let problem = format!("its manifest would take {} bytes", bytes.len());
             return Err(SnapshotError::Incomplete(problem));
         }
         let id = SnapshotId(Digest::of(&bytes).0);
         Ok((bytes, id))
+    }
+
+    /// The oldest that can say it: a store stays readable for as long as it can be.
+    fn version(&self) -> u32 {
+        match self.disk.iter().all(|layer| layer.digest.is_plain()) {
+            true => BEFORE,
+            false => VERSION,
+        }
     }
 
     /// Reads the manifest called `id`, believing nothing in it.
@@ -234,8 +265,8 @@ impl Manifest {
             return Err(Fault::at(0, "not a manifest"));
         }
         let found = version.and_then(|version| version.parse().ok());
-        match found {
-            Some(VERSION) => {}
+        let version = match found {
+            Some(version @ (BEFORE | VERSION)) => version,
             Some(found) => {
                 return Err(Fault::Version {
                     found,
@@ -243,14 +274,17 @@ impl Manifest {
                 });
             }
             None => return Err(Fault::at(0, "not a manifest")),
-        }
+        };
         // Compared as text, so that there is one spelling.
         let digest = Digest::of(json.as_bytes());
-        if head != format!("{MAGIC} {VERSION} {} {digest}", json.len()) {
+        if head != format!("{MAGIC} {version} {} {digest}", json.len()) {
             return Err(Fault::at(0, "the content does not match its checksum"));
         }
         let manifest: Manifest = serde_json::from_str(json)
             .map_err(|error| Fault::at(head.len() as u64 + 1, error.to_string()))?;
+        if manifest.version() != version {
+            return Err(Fault::at(0, "a version that its content does not need"));
+        }
         manifest.check()?;
         Ok(manifest)
     }
@@ -380,6 +414,7 @@ mod tests {
                 id: ObjectId([4; 32]),
                 bytes: 8,
                 format: "qcow2".into(),
+                digest: LayerDigest::Sparse,
             }],
         }
     }
@@ -388,6 +423,20 @@ mod tests {
     fn a_manifest_is_read_as_it_was_written() {
         let (bytes, id) = sample().to_bytes().unwrap();
         assert_eq!(Manifest::parse(&bytes, id), Ok(sample()));
+        assert!(bytes.starts_with(b"wrenn-snapshot 2 "));
+    }
+
+    #[test]
+    fn a_manifest_of_the_version_before_is_read() {
+        let mut before = sample();
+        before.disk[0].digest = LayerDigest::Plain;
+        let (bytes, id) = before.to_bytes().unwrap();
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        assert!(text.starts_with("wrenn-snapshot 1 ") && !text.contains("\"digest\""));
+        assert_eq!(Manifest::parse(&bytes, id), Ok(before));
+        // Each manifest has one spelling.
+        let other = text.replacen(" 1 ", " 2 ", 1);
+        assert!(Manifest::parse_any(other.as_bytes()).is_err());
     }
 
     #[test]
@@ -451,12 +500,12 @@ mod tests {
         let (bytes, _) = sample().to_bytes().unwrap();
         let newer = String::from_utf8(bytes)
             .unwrap()
-            .replacen(" 1 ", " 2 ", 1)
+            .replacen(" 2 ", " 3 ", 1)
             .into_bytes();
         let id = SnapshotId(Digest::of(&newer).0);
         assert_eq!(
             Manifest::parse(&newer, id),
-            Err(Fault::Version { found: 2, known: 1 })
+            Err(Fault::Version { found: 3, known: 2 })
         );
     }
 

@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use common::{BASE, description, page, soft_page};
@@ -80,10 +81,11 @@ fn throughput() {
         id: BASE,
         bytes: &template,
     };
-    let (_folder, store) = store();
+    let (folder, store) = store();
     idle_pause(&store, &base);
     bulk(&store, &base);
     lookups(&store, &base);
+    disks(folder.path(), &store);
 }
 
 /// 300 pages here and there, as an idle guest dirties in some seconds.
@@ -183,6 +185,39 @@ fn bulk(store: &Store, base: &dyn Base) {
     let (diff, took) = timed(|| last.memory().unwrap().diff(memory, Some(base)).unwrap());
     assert_eq!(diff, []);
     println!("diff by content, 256 MiB: {}", rate(live, took));
+}
+
+/// A raw disk of 2 GiB with so many MiB in it: taken into a store, and, as every layer was
+/// before there was the sparse digest, read and hashed as a whole.
+fn disks(folder: &std::path::Path, store: &Store) {
+    for mib in [0u64, 64, 600] {
+        let path = folder.join("disk.raw");
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(2 << 30).unwrap();
+        let content = soft_page(9).repeat(256);
+        for at in 0..mib {
+            // Apart from each other, as a file system spreads them.
+            file.write_all_at(&content, at * (2 << 30) / mib.max(1) / 4096 * 4096)
+                .unwrap();
+        }
+        let (_, whole) = timed(|| {
+            let mut piece = vec![0; 256 << 10];
+            let file = std::fs::File::open(&path).unwrap();
+            let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
+            loop {
+                match file.read_at(&mut piece, at).unwrap() {
+                    0 => return hasher.finalize(),
+                    read => hasher.update(&piece[..read]),
+                };
+                at += piece.len() as u64;
+            }
+        });
+        let mut draft = store.draft(&[]).unwrap();
+        let (_, sparse) = timed(|| draft.disk_layer(&path, "raw", Import::Link).unwrap());
+        println!("2 GiB disk with {mib} MiB: sparse digest {sparse:?}, plain digest {whole:?}");
+        drop(draft);
+        std::fs::remove_file(&path).unwrap();
+    }
 }
 
 fn lookups(store: &Store, base: &dyn Base) {

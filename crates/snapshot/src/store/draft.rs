@@ -9,15 +9,16 @@ use rustix::fs::FlockOperation;
 
 use super::{
     DEVICE_STATE, DiskFile, INDEX, LayerMerger, MANIFEST, OBJECTS, SNAPSHOTS, STAGING, Snapshot,
-    Store, read_pieces,
+    Store,
 };
 use crate::generation::{Compression, Finished, Sink};
 use crate::manifest::{
-    Description, DiskLayer, GenerationPart, MAX_PART_BYTES, MachinePart, Manifest, MemoryPart,
-    ObjectFile, Part, PartName,
+    Description, DiskLayer, GenerationPart, LayerDigest, MAX_PART_BYTES, MachinePart, Manifest,
+    MemoryPart, ObjectFile, Part, PartName,
 };
 use crate::memory::Memory;
 use crate::page::{Base, PAGE, PageRange, is_zero};
+use crate::sparse::{SparseHasher, read_data};
 use crate::writer::{MemoryWriter, WriteCounts};
 use crate::{Digest, ObjectId, PageMap, Result, SnapshotError, SnapshotId};
 
@@ -264,26 +265,26 @@ impl Draft {
     }
 
     /// Lays a layer on top of the disk: the file at `path`, which nobody writes to any more.
-    /// Reads all of it.
+    /// Reads all of it but its holes.
     pub fn disk_layer(&mut self, path: &Path, format: &str, import: Import) -> Result<()> {
         let staged = self.folder.join(format!("layer-{}", self.objects.len()));
-        let mut hasher = blake3::Hasher::new();
+        let mut hasher = SparseHasher::new();
         let original = File::open(path).map_err(SnapshotError::io("open", path))?;
         let bytes = match import {
             Import::Link => {
                 self.store.disk().link(path, &staged)?;
                 self.unsynced.push((original, staged.clone()));
                 let linked = File::open(&staged).map_err(SnapshotError::io("open", &staged))?;
-                read_pieces(&linked, &staged, |_, piece| {
-                    hasher.update(piece);
+                read_data(&linked, &staged, |at, piece| {
+                    hasher.update(at, piece);
                     Ok(())
                 })?
             }
             Import::Copy => {
                 let copy = self.store.disk().create(&staged)?;
                 let shared = rustix::fs::ioctl_ficlone(&copy, &original).is_ok();
-                let bytes = read_pieces(&original, path, |at, piece| {
-                    hasher.update(piece);
+                let bytes = read_data(&original, path, |at, piece| {
+                    hasher.update(at, piece);
                     match shared || is_zero(piece) {
                         true => Ok(()),
                         false => self.store.disk().write_at(&copy, &staged, piece, at),
@@ -295,12 +296,13 @@ impl Draft {
                 bytes
             }
         };
-        let id = ObjectId(*hasher.finalize().as_bytes());
+        let id = ObjectId(hasher.finish(bytes));
         self.objects.push((ObjectFile::Disk(id), staged));
         self.disk.push(DiskLayer {
             id,
             bytes,
             format: format.to_owned(),
+            digest: LayerDigest::Sparse,
         });
         Ok(())
     }

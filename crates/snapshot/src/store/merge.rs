@@ -213,6 +213,7 @@ fn for_live_batches(
 mod tests {
     use super::*;
     use crate::ObjectId;
+    use crate::manifest::LayerDigest;
 
     fn chosen(max_layers: usize, sizes: &[u64]) -> Option<usize> {
         let layers: Vec<_> = sizes
@@ -221,6 +222,7 @@ mod tests {
                 id: ObjectId([0; 32]),
                 bytes: *bytes,
                 format: "qcow2".into(),
+                digest: LayerDigest::Sparse,
             })
             .collect();
         let policy = MergePolicy {

@@ -24,7 +24,7 @@ mod open;
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
@@ -198,26 +198,4 @@ fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
         return Err(crate::Fault::at(most, problem).in_file(path));
     }
     Ok(bytes)
-}
-
-/// Reads a file piece by piece. `visit` gets each piece and its offset.
-fn read_pieces(
-    file: &File,
-    path: &Path,
-    mut visit: impl FnMut(u64, &[u8]) -> Result<()>,
-) -> Result<u64> {
-    /// Bytes per read: enough for BLAKE3 to run at full speed, within the processor's cache.
-    const PIECE: usize = 256 << 10;
-    let mut piece = vec![0; PIECE];
-    let mut at = 0;
-    loop {
-        let read = match std::os::unix::fs::FileExt::read_at(file, &mut piece, at) {
-            Ok(0) => return Ok(at),
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(SnapshotError::io("read", path)(error)),
-        };
-        visit(at, &piece[..read])?;
-        at += read as u64;
-    }
 }

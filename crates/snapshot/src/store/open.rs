@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{
-    Checked, DELETED, DEVICE_STATE, INDEX, Identity, MANIFEST, SNAPSHOTS, Store, read_pieces,
-    read_small,
+    Checked, DELETED, DEVICE_STATE, INDEX, Identity, MANIFEST, SNAPSHOTS, Store, read_small,
 };
 use crate::generation::{Generation, Verified};
-use crate::manifest::{self, MemoryPart, ObjectFile, Part, PartName};
+use crate::manifest::{self, LayerDigest, MemoryPart, ObjectFile, Part, PartName};
+use crate::sparse::{SparseHasher, read_data};
 use crate::{
-    Digest, DiskLayer, Fault, GenerationRef, Manifest, Memory, ObjectId, PageMap, Result,
+    Digest, DiskLayer, Fault, GenerationRef, Manifest, Memory, ObjectId, PAGE, PageMap, Result,
     SnapshotError, SnapshotId,
 };
 
@@ -206,17 +206,48 @@ pub(super) fn read_part(path: &Path, part: Part) -> Result<Vec<u8>> {
 
 /// Compares a disk layer's content with its name.
 pub(super) fn verify_layer(file: &File, path: &Path, layer: &DiskLayer) -> Result<()> {
+    let (found, bytes) = match layer.digest {
+        LayerDigest::Sparse => {
+            let mut hasher = SparseHasher::new();
+            let bytes = read_data(file, path, |at, piece| {
+                hasher.update(at, piece);
+                Ok(())
+            })?;
+            (hasher.finish(bytes), bytes)
+        }
+        LayerDigest::Plain => plain_digest(file, path)?,
+    };
+    check_length(path, bytes, layer.bytes)?;
+    match ObjectId(found) == layer.id {
+        true => Ok(()),
+        false => {
+            let found = Digest(found);
+            Err(Fault::at(0, format!("the content's digest is {found}")).in_file(path))
+        }
+    }
+}
+
+/// The digest of all bytes of a file, and how many they are.
+fn plain_digest(file: &File, path: &Path) -> Result<([u8; 32], u64)> {
     let mut hasher = blake3::Hasher::new();
-    let bytes = read_pieces(file, path, |_, piece| {
+    let mut hashed = 0;
+    let zeros = [0; PAGE];
+    let skip_to = |hasher: &mut blake3::Hasher, from: u64, to: u64| {
+        let mut left = to - from;
+        while left > 0 {
+            let some = left.min(PAGE as u64);
+            hasher.update(&zeros[..some as usize]);
+            left -= some;
+        }
+    };
+    let bytes = read_data(file, path, |at, piece| {
+        skip_to(&mut hasher, hashed, at);
         hasher.update(piece);
+        hashed = at + piece.len() as u64;
         Ok(())
     })?;
-    check_length(path, bytes, layer.bytes)?;
-    let found = Digest(*hasher.finalize().as_bytes());
-    match ObjectId(found.0) == layer.id {
-        true => Ok(()),
-        false => Err(Fault::at(0, format!("the content's digest is {found}")).in_file(path)),
-    }
+    skip_to(&mut hasher, hashed, bytes);
+    Ok((*hasher.finalize().as_bytes(), bytes))
 }
 
 fn check_length(path: &Path, found: u64, expected: u64) -> Result<()> {
