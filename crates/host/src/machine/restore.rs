@@ -199,34 +199,51 @@ async fn restore_from(
         };
         let prepared = prepare(site, &ground, template, layers, cmdline, origin.generation).await?;
         phases.note("prepare", &mut clock);
-        let (vm, server) = start(site, &ground, template, prepared.spec, beginning).await?;
+        let (vm, page_server) = start(site, &ground, template, prepared.spec, beginning).await?;
         phases.note("restore", &mut clock);
-        Ok((vm, server, prepared.record, prepared.restore_id))
+        Ok(Started {
+            vm,
+            page_server,
+            record: prepared.record,
+            restore_id: prepared.restore_id,
+        })
     };
     let started = started.await;
     finish(site, ground, started).await
+}
+
+/// A machine that was started and has no limits yet.
+struct Started {
+    vm: Arc<dyn Machine>,
+    /// Number of the process that serves its memory, if one does.
+    page_server: Option<u32>,
+    record: Record,
+    restore_id: String,
 }
 
 /// Limits a machine that was started on its ground, or gives everything back.
 async fn finish(
     site: &Site,
     ground: Ground,
-    started: Result<(Arc<dyn Machine>, Option<u32>, Record, String), MachineError>,
+    started: Result<Started, MachineError>,
 ) -> Result<(LiveMachine, String), MachineError> {
     let confined = match started {
-        Ok((vm, server, record, restore_id)) => {
-            match ground.confine(site, record.shape, &vm, server) {
-                Ok(()) => Ok((vm, record, restore_id)),
-                Err(error) => {
-                    kill_unconfined(&vm).await;
-                    Err(error)
-                }
+        Ok(it) => match ground.confine(site, it.record.shape, &it.vm, it.page_server) {
+            Ok(()) => Ok(it),
+            Err(error) => {
+                kill_unconfined(&it.vm).await;
+                Err(error)
             }
-        }
+        },
         Err(error) => Err(error),
     };
     match confined {
-        Ok((vm, record, restore_id)) => {
+        Ok(Started {
+            vm,
+            record,
+            restore_id,
+            ..
+        }) => {
             let guest = Guest::new(ground.slot.guest());
             let Ground { slot, folder, .. } = ground;
             let machine = LiveMachine {
@@ -324,7 +341,12 @@ impl Standby {
             let prepared = prepare(site, &ground, template, Vec::new(), cmdline, 0).await?;
             let memory = template.memory.clone();
             let vm = site.vmm.stand_by(prepared.spec, memory).await?;
-            Ok((vm, None, prepared.record, prepared.restore_id))
+            Ok(Started {
+                vm,
+                page_server: None,
+                record: prepared.record,
+                restore_id: prepared.restore_id,
+            })
         };
         let started = started.await;
         let (machine, restore_id) = finish(site, ground, started).await?;
