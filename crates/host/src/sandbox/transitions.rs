@@ -176,6 +176,12 @@ impl Owner {
         }
         network::enforce(machine, journal).await?;
         phases.note("journal", &mut clock);
+        // A hook is told the time when it is called, so many at once on few processors would set
+        // clocks late. A boot takes long and mostly waits. Never closed.
+        let _turn = match origin.boots() {
+            true => None,
+            false => self.common.restores.acquire().await.ok(),
+        };
         machine.vm.resume().await.map_err(MachineError::from)?;
         phases.note("resume", &mut clock);
         let id = self.id.to_string();
