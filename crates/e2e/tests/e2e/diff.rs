@@ -161,6 +161,10 @@ pub(crate) async fn g07_a_diff_that_is_cut_off_leaves_nothing(data_dir: &Path) {
     let id = api.create(&json!({})).await;
     saved(&api, &id, "checkpoints", json!({"name": "point"})).await;
     drop(api);
+    // A server that has saved nothing has no monitor standing by, as those after it.
+    server.signal(Signal::TERM);
+    server.wait().await;
+    server = Server::start(data_dir).await;
     let pid = server.pid();
     let before = HostState::settled(data_dir, Some(pid), PATIENCE).await;
     let machines = before.count("process qemu");
