@@ -169,18 +169,28 @@ impl Pool {
         tokio::select! {
             // Whoever was just restored has the processor first.
             () = tokio::time::sleep(STANDBY_PAUSE) => {}
+            // A warmed machine may be lacking, which comes first.
+            () = self.wanted.notified() => return Ok(()),
             () = self.closed() => return Ok(()),
         }
-        let loaded = match self.templates.of_snapshot(digest).await {
-            Ok(loaded) => loaded,
-            Err(error) => {
-                self.standbys.forget(digest);
-                return Err(error.to_string());
+        match self.start_standby(digest).await {
+            Ok(standby) => {
+                self.standbys.add(standby);
+                Ok(())
             }
-        };
+            Err(error) => {
+                // As of a template of another monitor. The next save asks again.
+                self.standbys.forget(digest);
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_standby(&self, digest: &str) -> Result<Standby, String> {
+        let loaded = self.templates.of_snapshot(digest).await;
+        let loaded = loaded.map_err(|e| e.to_string())?;
         let standby = Standby::start(&self.site, &loaded).await;
-        self.standbys.add(standby.map_err(|e| e.to_string())?);
-        Ok(())
+        standby.map_err(|e| e.to_string())
     }
 
     async fn make(&self, template: &Arc<LoadedTemplate>) -> Result<LiveMachine, MachineError> {

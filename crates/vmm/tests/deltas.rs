@@ -78,6 +78,26 @@ impl Saved {
         vmm.restore_delta(spec, delta).await
     }
 
+    /// Either way, when nothing is wrong.
+    async fn come_back(
+        &self,
+        standby: bool,
+        template: &Template,
+        vmm: &QemuVmm,
+        dir: &Path,
+        uid: u32,
+        id: &str,
+    ) -> Arc<dyn Machine> {
+        let machine = match standby {
+            true => self.restore_standby(template, vmm, dir, uid, id).await,
+            false => {
+                let delta = self.delta();
+                self.restore(template, vmm, dir, uid, id, delta).await
+            }
+        };
+        machine.unwrap()
+    }
+
     /// The same with a monitor that stood by.
     async fn restore_standby(
         &self,
@@ -186,20 +206,10 @@ async fn g12_g13_memory_is_the_same_through_generations_of_a_working_guest() {
         dir = folder(parent.path(), &format!("generation{generation}"));
         let id = format!("generation{generation}");
         let began = Instant::now();
-        machine = match generation % 2 {
-            1 => {
-                saved
-                    .restore_standby(&template, &vmm, &dir, 10_111, &id)
-                    .await
-            }
-            _ => {
-                let delta = saved.delta();
-                saved
-                    .restore(&template, &vmm, &dir, 10_111, &id, delta)
-                    .await
-            }
-        }
-        .unwrap();
+        let standby = generation % 2 == 1;
+        machine = saved
+            .come_back(standby, &template, &vmm, &dir, 10_111, &id)
+            .await;
         println!("restored in {:?}", began.elapsed());
         drop(machine);
         let after = View::of(&dir, SHAPE).await;
@@ -266,20 +276,9 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
         let child_dir = folder(parent.path(), &format!("child{point}"));
         let id = format!("child{point}");
         let began = Instant::now();
-        let child = match point {
-            1 => {
-                saved
-                    .restore_standby(&template, &vmm, &child_dir, 10_122, &id)
-                    .await
-            }
-            _ => {
-                let delta = saved.delta();
-                saved
-                    .restore(&template, &vmm, &child_dir, 10_122, &id, delta)
-                    .await
-            }
-        }
-        .unwrap();
+        let child = saved
+            .come_back(point == 1, &template, &vmm, &child_dir, 10_122, &id)
+            .await;
         child.resume().await.unwrap();
         println!("child runs after {:?}", began.elapsed());
         let line = console_line(&child, &format!("id={id} ")).await;

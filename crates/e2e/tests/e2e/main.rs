@@ -79,7 +79,8 @@ fn shared() -> Vec<(&'static str, Shared)> {
             g25_a_freeze_stops_users_programs_and_a_thaw_lets_them_go_on,
             g34_a_crash_of_the_agent_ends_no_program, a_full_disk_is_an_error_and_no_frozen_machine;
         snapshots: g12_g13_a_working_guest_goes_on_through_pauses,
-            g23_forks_share_their_past_and_nothing_else, a_sandbox_goes_back_to_its_checkpoint,
+            g23_forks_share_their_past_and_nothing_else, a_monitor_stands_by_for_what_was_saved,
+            a_sandbox_goes_back_to_its_checkpoint,
             a_snapshot_is_a_template_and_outlives_its_sandbox, a_disk_alone_is_kept_and_booted,
             g17_long_chains_are_merged_and_nothing_changes,
             g09_time_pauses_where_asked_and_traffic_wakes;

@@ -191,6 +191,29 @@ pub(crate) async fn g23_forks_share_their_past_and_nothing_else(server: &Server)
     }
 }
 
+/// A resume that has to start a monitor tells so in its certificate.
+pub(crate) async fn a_monitor_stands_by_for_what_was_saved(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    let patience = Duration::from_secs(60);
+    eventually("a monitor stood by", patience, || async {
+        // One is started when nobody needs the processor.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        verb(&api, &id, "pause", &json!({})).await;
+        let back = verb(&api, &id, "resume", &json!({})).await;
+        let steps = back["restore_certificate"]["steps"].as_array()?;
+        let names: Vec<_> = steps
+            .iter()
+            .filter_map(|step| step["name"].as_str())
+            .collect();
+        assert!(names.contains(&"restore"), "{back:#}");
+        (!names.contains(&"prepare")).then_some(())
+    })
+    .await;
+    assert_eq!(api.shell(&id, "echo there").await, "there\n");
+    api.destroy(&id).await;
+}
+
 pub(crate) async fn a_sandbox_goes_back_to_its_checkpoint(server: &Server) {
     let api = server.api();
     let id = api.create(&json!({})).await;

@@ -180,7 +180,7 @@ impl Owner {
         // clocks late. A boot takes long and mostly waits. Never closed.
         let _turn = match origin.boots() {
             true => None,
-            false => self.common.restores.acquire().await.ok(),
+            false => Some(self.common.restores.acquire().await),
         };
         machine.vm.resume().await.map_err(MachineError::from)?;
         phases.note("resume", &mut clock);
