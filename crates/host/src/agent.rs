@@ -181,6 +181,8 @@ pub(crate) async fn build_site(config: HostConfig) -> Result<Site, AgentError> {
             Ok(match driver {
                 Driver::Firecracker => {
                     let config = FirecrackerConfig::from_report(&report, why, launcher, &data_dir)?;
+                    let disks = &config.cloning;
+                    tracing::info!(way = %disks.way, why = disks.why, "Firecracker's disks");
                     Arc::new(FirecrackerVmm::new(config))
                 }
                 Driver::Qemu => {

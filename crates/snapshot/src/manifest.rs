@@ -178,7 +178,7 @@ pub struct DiskLayer {
     pub id: ObjectId,
     /// Bytes of the file.
     pub bytes: u64,
-    /// What it is: `qcow2`, `raw`.
+    /// What it is: `qcow2`, `raw`, `dm-snapshot`.
     pub format: String,
     /// Which digest its name is.
     #[serde(default, skip_serializing_if = "LayerDigest::is_plain")]

@@ -27,12 +27,14 @@ impl fmt::Display for Accelerator {
 
 /// How a monitor's disk layers are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum LayerFormat {
     /// qcow2: each layer has what differs from those below.
     Qcow2,
     /// Raw: each layer is a whole image.
     Raw,
+    /// Of Linux's device mapper: each layer has all that differs from the raw image below.
+    DmSnapshot,
 }
 
 impl LayerFormat {
@@ -41,7 +43,24 @@ impl LayerFormat {
         match self {
             LayerFormat::Qcow2 => "qcow2",
             LayerFormat::Raw => "raw",
+            LayerFormat::DmSnapshot => "dm-snapshot",
         }
+    }
+
+    /// The format of this name.
+    pub fn from_name(name: &str) -> Option<LayerFormat> {
+        [
+            LayerFormat::Qcow2,
+            LayerFormat::Raw,
+            LayerFormat::DmSnapshot,
+        ]
+        .into_iter()
+        .find(|format| format.name() == name)
+    }
+
+    /// Whether a monitor that writes this format can build on a layer of the other one.
+    pub fn builds_on(self, other: LayerFormat) -> bool {
+        self == other || (self, other) == (LayerFormat::DmSnapshot, LayerFormat::Raw)
     }
 }
 

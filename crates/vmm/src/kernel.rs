@@ -118,6 +118,62 @@ pub(crate) fn tap_origin(tap: &OwnedFd) -> io::Result<TapOrigin> {
     })
 }
 
+/// Length of `struct loop_config`, linux/loop.h.
+pub(crate) const LOOP_CONFIG: usize = 304;
+
+/// The number of a loop device that nobody uses.
+pub(crate) fn free_loop(control: &impl AsFd) -> io::Result<u32> {
+    const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
+    // SAFETY: the request takes no argument.
+    let number = unsafe { libc::ioctl(control.as_fd().as_raw_fd(), LOOP_CTL_GET_FREE) };
+    u32::try_from(number).map_err(|_| io::Error::last_os_error())
+}
+
+/// Gives a loop device its file and flags (Linux 5.8).
+pub(crate) fn configure_loop(device: &impl AsFd, config: &[u8; LOOP_CONFIG]) -> io::Result<()> {
+    const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+    // SAFETY: the kernel reads one `struct loop_config`, which is as long as `config`.
+    let done = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Length of `struct dm_ioctl`, linux/dm-ioctl.h.
+pub(crate) const DM_IOCTL: usize = 312;
+
+/// Asks the device mapper for something. `request` begins with a `struct dm_ioctl` in which is
+/// told how long all of it is; the answer takes its place.
+pub(crate) fn device_mapper(
+    control: &impl AsFd,
+    command: u8,
+    request: &mut [u8],
+) -> io::Result<()> {
+    /// Where `data_size` is.
+    const DATA_SIZE: usize = 12;
+    let told = request.get(DATA_SIZE..DATA_SIZE + 4);
+    let told = told.and_then(|told| Some(u32::from_le_bytes(told.try_into().ok()?)));
+    if request.len() < DM_IOCTL || told != u32::try_from(request.len()).ok() {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    /// `_IOWR(0xfd, 0, struct dm_ioctl)`.
+    const COMMANDS: libc::c_ulong = (3 << 30) | ((DM_IOCTL as libc::c_ulong) << 16) | (0xFD << 8);
+    // SAFETY: the kernel reads and writes at most `data_size` bytes, which was just found to be
+    // the length of `request`.
+    let done = unsafe {
+        libc::ioctl(
+            control.as_fd().as_raw_fd(),
+            COMMANDS | libc::c_ulong::from(command),
+            request.as_mut_ptr(),
+        )
+    };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The processor's time stamp counter.
 pub(crate) fn time_stamp_counter() -> u64 {
     // SAFETY: RDTSC exists on every x86-64 processor and touches no memory.

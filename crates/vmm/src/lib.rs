@@ -56,18 +56,18 @@ pub use digest::Digest;
 pub use error::VmmError;
 pub use firecracker::{
     ApiError, CloneWay, Cloning, Devices, FirecrackerConfig, FirecrackerMachine, FirecrackerVmm,
-    left_layer,
+    MappedDisk, left_layer,
 };
 pub use info::{Accelerator, Fingerprint, Incompatible, KernelFormat, LayerFormat, VmmInfo};
 pub use keeper::Launcher;
 pub use machine::{
-    BootFiles, BootSpec, DiskChain, ExitCause, ExitReason, IDENTITY_BYTES, LoadSpec, Machine,
-    MachinePids, MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState, ServedSpec,
-    Vmm,
+    BootFiles, BootSpec, DiskChain, DiskLayer, ExitCause, ExitReason, IDENTITY_BYTES, LoadSpec,
+    Machine, MachinePids, MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState,
+    ServedSpec, Vmm,
 };
 pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
 pub use page_buffer::PageBuffer;
 pub use qcow2::{OverlayError, create_overlay, merge_layers};
 pub use qemu::{QemuConfig, QemuVmm, state_file};
-pub use record::{driver_in, post_mortem};
+pub use record::{driver_in, layers_in, post_mortem};
 pub use supervised::{end_in, lives_in};

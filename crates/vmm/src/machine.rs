@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use wrenn_types::Shape;
 
-use crate::{Delta, MemoryFile, SavedDelta, SealedMemory, VmmError, VmmInfo};
+use crate::{Delta, LayerFormat, MemoryFile, SavedDelta, SealedMemory, VmmError, VmmInfo};
 
 /// Length of the identity page given to each machine through `fw_cfg`. Fixed, since a
 /// restored guest keeps the length it saw at boot.
@@ -199,17 +199,37 @@ pub struct BootFiles {
 
 /// The root disk: immutable layers and one that is written.
 ///
-/// With QEMU the layers are qcow2 files, each with what differs from those below. Firecracker
-/// only knows raw images, so there each layer is a whole image (its unchanged parts shared with
-/// the one below where the file system can do that), and only the highest matters.
+/// With QEMU the layers are qcow2 files, each with what differs from those below. With
+/// Firecracker only the highest matters: it is a whole raw image (its unchanged parts shared with
+/// the one below where the file system can do that), or has all that differs from the highest
+/// raw image below it.
 #[derive(Debug, Clone)]
 pub struct DiskChain {
     /// Raw image at the bottom, never written.
     pub base: PathBuf,
     /// Layers on it, lowest first, never written.
-    pub layers: Vec<PathBuf>,
+    pub layers: Vec<DiskLayer>,
     /// Layer on top that takes all writes; see [`Vmm::create_layer`].
     pub top: PathBuf,
+}
+
+/// A layer of a disk that is never written again.
+#[derive(Debug, Clone)]
+pub struct DiskLayer {
+    /// Its file.
+    pub path: PathBuf,
+    /// How it is written.
+    pub format: LayerFormat,
+}
+
+impl DiskLayer {
+    /// The layer in a file.
+    pub fn new(format: LayerFormat, path: impl Into<PathBuf>) -> DiskLayer {
+        DiskLayer {
+            path: path.into(),
+            format,
+        }
+    }
 }
 
 /// A machine to boot.

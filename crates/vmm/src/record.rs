@@ -8,9 +8,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::VmmError;
 use crate::machine::{ExitReason, MachinePids};
 use crate::probe::Driver;
+use crate::{LayerFormat, VmmError, firecracker};
 
 const RECORD: &str = "machine.json";
 const RECORD_TEMPORARY: &str = "machine.json.new";
@@ -117,6 +117,15 @@ pub fn driver_in(dir: &Path) -> Result<Option<Driver>, VmmError> {
     Ok(Record::read(dir)?.map(|record| match record.monitor {
         Monitor::Qemu => Driver::Qemu,
         Monitor::Firecracker => Driver::Firecracker,
+    }))
+}
+
+/// How the disk layers of the machine in this folder are written, whether or not it lives; `None`
+/// where none was ever started.
+pub fn layers_in(dir: &Path) -> Result<Option<LayerFormat>, VmmError> {
+    Ok(driver_in(dir)?.map(|driver| match driver {
+        Driver::Qemu => LayerFormat::Qcow2,
+        Driver::Firecracker => firecracker::layers_in(dir),
     }))
 }
 

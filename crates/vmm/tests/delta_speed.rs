@@ -8,7 +8,7 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Template, console_line, folder, vmm};
+use common::{Template, console_line, folder, qcow2, vmm};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{Delta, DeltaPages, Machine, PageBuffer, Run, Vmm, create_overlay, state_file};
 
@@ -90,10 +90,10 @@ async fn saving_and_restoring_cost_what_was_written() {
         for round in 0..5 {
             let dir = folder(parent.path(), &format!("{name}{round}"));
             let mut spec = template.clone_spec(&vmm, &dir, 10_152, "restored");
-            spec.machine.disk.layers = vec![
+            spec.machine.disk.layers = qcow2(&[
                 template.layer.clone(),
                 parent.path().join(name).join("disk.qcow2"),
-            ];
+            ]);
             spec.state = state_file(&state).unwrap();
             let delta = Delta {
                 firmware: firmware.clone(),

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{SHAPE, Template, console_line, folder, tick, vmm};
+use common::{SHAPE, Template, console_line, folder, qcow2, tick, vmm};
 use view::{Qmp, View};
 use wrenn_vmm::{
     Delta, DeltaError, DeltaPages, Firmware, LoadSpec, Machine, PageBuffer, PageRange, QemuVmm,
@@ -73,7 +73,7 @@ impl Saved {
         delta: Delta,
     ) -> Result<Arc<dyn Machine>, VmmError> {
         let mut spec = template.clone_spec(vmm, dir, uid, id);
-        spec.machine.disk.layers = self.layers.clone();
+        spec.machine.disk.layers = qcow2(&self.layers);
         spec.state = state_file(&self.state).unwrap();
         vmm.restore_delta(spec, delta).await
     }
@@ -172,7 +172,7 @@ async fn g12_g13_memory_is_the_same_through_generations_of_a_working_guest() {
     let digest = template.memory.digest().unwrap();
     let dir = folder(parent.path(), "generation0");
     let mut spec = template.clone_spec(&vmm, &dir, 10_111, "generation0");
-    spec.machine.disk.layers = vec![template.layer.clone()];
+    spec.machine.disk.layers = qcow2(std::slice::from_ref(&template.layer));
     let mut machine = vmm.restore(spec).await.unwrap();
     let mut layers = vec![template.layer.clone()];
     let mut dir = dir;
@@ -445,7 +445,7 @@ async fn what_cannot_be_saved_or_restored_is_named_and_leaves_nothing() {
     for cut in [0, 40, saved.state.len() / 2, saved.state.len() - 1] {
         let dir = folder(parent.path(), &format!("cut{cut}"));
         let mut spec = template.clone_spec(&vmm, &dir, 10_132, "x");
-        spec.machine.disk.layers = saved.layers.clone();
+        spec.machine.disk.layers = qcow2(&saved.layers);
         spec.state = state_file(&saved.state[..cut]).unwrap();
         let error = vmm.restore_delta(spec, saved.delta()).await.err();
         assert!(

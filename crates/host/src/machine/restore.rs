@@ -1,15 +1,14 @@
 //! Restoring a machine from a template or a snapshot, at once or with a monitor that waits.
 
 use std::fs::File;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wrenn_snapshot::{DiskFile, Snapshot, SnapshotError, SnapshotId};
 use wrenn_types::AccessToken;
 use wrenn_vmm::{
-    Delta, DiskChain, FIRMWARE_BYTES, Fingerprint, LoadSpec, Machine, MachineSpec, RestoreSpec,
-    ServedSpec, state_file,
+    Delta, DiskChain, DiskLayer, FIRMWARE_BYTES, Fingerprint, LayerFormat, LoadSpec, Machine,
+    MachineSpec, RestoreSpec, ServedSpec, state_file,
 };
 
 use super::bringup::{
@@ -79,7 +78,10 @@ enum Beginning {
 }
 
 /// The disk layers over the template's, and what is in memory.
-async fn contents(site: &Site, origin: &Origin) -> Result<(Vec<PathBuf>, Beginning), MachineError> {
+async fn contents(
+    site: &Site,
+    origin: &Origin,
+) -> Result<(Vec<DiskLayer>, Beginning), MachineError> {
     let Some(snapshot) = origin.snapshot.clone() else {
         let path = origin.template.state();
         let state = File::open(&path).map_err(|source| MachineError::File {
@@ -93,25 +95,30 @@ async fn contents(site: &Site, origin: &Origin) -> Result<(Vec<PathBuf>, Beginni
         return saved_contents(site, snapshot).await;
     }
     let layers = blocking(move || snapshot.disk_layers()).await?;
-    Ok((layer_paths(site, layers)?, Beginning::Boot))
+    Ok((layer_files(site, layers)?, Beginning::Boot))
 }
 
 /// Where these layers are, if this host's monitor can have them.
-fn layer_paths(site: &Site, layers: Vec<DiskFile>) -> Result<Vec<PathBuf>, MachineError> {
-    let format = site.vmm.info().layers.name();
-    match layers.iter().find(|layer| layer.layer.format != format) {
-        Some(other) => Err(MachineError::OtherFormat(
-            other.layer.format.clone(),
-            format,
-        )),
-        None => Ok(layers.into_iter().map(|layer| layer.path).collect()),
-    }
+fn layer_files(site: &Site, layers: Vec<DiskFile>) -> Result<Vec<DiskLayer>, MachineError> {
+    let usable = |file: DiskFile| {
+        let format = usable_format(site, &file.layer.format)?;
+        Ok(DiskLayer::new(format, file.path))
+    };
+    layers.into_iter().map(usable).collect()
+}
+
+/// The disk format of this name, if this host's monitor can build on it.
+fn usable_format(site: &Site, name: &str) -> Result<LayerFormat, MachineError> {
+    let here = site.vmm.info().layers;
+    LayerFormat::from_name(name)
+        .filter(|format| here.builds_on(*format))
+        .ok_or_else(|| MachineError::OtherFormat(name.to_owned(), here.name()))
 }
 
 async fn saved_contents(
     site: &Site,
     snapshot: Arc<Snapshot>,
-) -> Result<(Vec<PathBuf>, Beginning), MachineError> {
+) -> Result<(Vec<DiskLayer>, Beginning), MachineError> {
     let here = site.vmm.info().fingerprint.clone();
     let served = site.vmm.info().page_server;
     let read = blocking(move || {
@@ -152,7 +159,7 @@ async fn saved_contents(
         Some(delta) => Beginning::Loaded(state, Some(delta)),
         None => Beginning::Served(state, id),
     };
-    Ok((layer_paths(site, layers)?, beginning))
+    Ok((layer_files(site, layers)?, beginning))
 }
 
 /// Restores a machine in a slot of its own, or prepares its boot. It is loaded and stopped;
@@ -170,7 +177,7 @@ async fn verified(
     site: &Site,
     origin: &Origin,
     phases: &mut Phases,
-) -> Result<(Vec<PathBuf>, Beginning), MachineError> {
+) -> Result<(Vec<DiskLayer>, Beginning), MachineError> {
     let mut clock = Instant::now();
     let contents = contents(site, origin).await?;
     if origin.snapshot.is_some() {
@@ -182,7 +189,7 @@ async fn verified(
 async fn restore_from(
     site: &Site,
     origin: &Origin,
-    layers: Vec<PathBuf>,
+    layers: Vec<DiskLayer>,
     beginning: Beginning,
     phases: &mut Phases,
 ) -> Result<(LiveMachine, String), MachineError> {
@@ -264,14 +271,7 @@ async fn finish(
 }
 
 fn check_format(site: &Site, template: &LoadedTemplate) -> Result<(), MachineError> {
-    let (here, other) = (
-        site.vmm.info().layers.name(),
-        &template.manifest.disk_format,
-    );
-    match other == here {
-        true => Ok(()),
-        false => Err(MachineError::OtherFormat(other.clone(), here)),
-    }
+    usable_format(site, &template.manifest.disk_format).map(drop)
 }
 
 /// What a monitor is started with.
@@ -285,7 +285,7 @@ async fn prepare(
     site: &Site,
     ground: &Ground,
     template: &LoadedTemplate,
-    layers: Vec<PathBuf>,
+    layers: Vec<DiskLayer>,
     cmdline: String,
     generation: u64,
 ) -> Result<Prepared, MachineError> {
@@ -295,9 +295,11 @@ async fn prepare(
     let channel = restore_channel(&restore_id, &manifest.name, &host_token)?;
     let top = ground.folder.join(FIRST_LAYER);
     site.vmm.create_layer(&top, manifest.disk_bytes)?;
+    let format = usable_format(site, &manifest.disk_format)?;
+    let base = DiskLayer::new(format, template.disk());
     let disk = DiskChain {
         base: template.image.rootfs(),
-        layers: [template.disk()].into_iter().chain(layers).collect(),
+        layers: [base].into_iter().chain(layers).collect(),
         top,
     };
     let record = Record {
@@ -397,7 +399,7 @@ impl Standby {
             machine.record.write(&machine.folder)?;
             let memory = origin.template.memory.clone();
             let spec = LoadSpec {
-                layers,
+                layers: layers.into_iter().map(|layer| layer.path).collect(),
                 memory,
                 state,
                 delta,

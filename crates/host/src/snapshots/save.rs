@@ -21,8 +21,7 @@ use wrenn_snapshot::{
     Compression, Description, Draft, Import, Memory, Origin, Snapshot, SnapshotError, SnapshotId,
     Vmm, pages_of,
 };
-use wrenn_vmm::probe::Driver;
-use wrenn_vmm::{DeltaPages, Fingerprint, LayerFormat, Run, SavedDelta, driver_in, left_layer};
+use wrenn_vmm::{DeltaPages, Fingerprint, LayerFormat, Run, SavedDelta, layers_in, left_layer};
 
 use super::{
     LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE, Scope, Snapshots, TemplateBase,
@@ -84,6 +83,9 @@ impl Saver<'_> {
             blocking(move || store.draft(&parent.as_deref().into_iter().collect::<Vec<_>>()))
         };
         let draft = draft.await?;
+        // Of the machine, which may be another than what is started today.
+        let format = layers_in(&vm_folder(&machine.folder)).map_err(MachineError::from)?;
+        let format = format.unwrap_or(machine.vmm.info().layers);
         let before = journal.line.clone();
         journal.line.layers.push(before.next_layer());
         let new_top = machine.folder.join(journal.line.top());
@@ -135,7 +137,7 @@ impl Saver<'_> {
         let description = self.description(&machine.record, journal, name, &by.fingerprint);
         let layers = before.paths(&machine.folder);
         let committed = {
-            let (parent, format) = (parent.clone(), machine.vmm.info().layers);
+            let parent = parent.clone();
             blocking(move || commit(draft, parent.as_deref(), &layers, format, description))
         };
         let committed = match committed.await {
@@ -191,8 +193,8 @@ impl Saver<'_> {
         let written = left_layer(&vm_folder(folder), &layers).map_err(MachineError::from)?;
         layers.truncate(written + 1);
         let here = self.site.vmm.info();
-        let driver = driver_in(&vm_folder(folder)).map_err(MachineError::from)?;
-        let format = driver.map_or(here.layers, Driver::layers);
+        let format = layers_in(&vm_folder(folder)).map_err(MachineError::from)?;
+        let format = format.unwrap_or(here.layers);
         let description = self.description(record, journal, "", &here.fingerprint);
         let store = self.snapshots.store().clone();
         let saved = blocking(move || {
@@ -377,7 +379,8 @@ fn write_machine(
     Ok(draft)
 }
 
-/// Lays the disk of a draft together and makes it last. Of raw layers the highest is the disk.
+/// Lays the disk of a draft together and makes it last. Of layers that are not qcow2 the highest
+/// is the disk.
 fn commit(
     mut draft: Draft,
     parent: Option<&Snapshot>,
@@ -392,7 +395,7 @@ fn commit(
             }
             layers
         }
-        LayerFormat::Raw => &layers[layers.len().saturating_sub(1)..],
+        LayerFormat::Raw | LayerFormat::DmSnapshot => &layers[layers.len().saturating_sub(1)..],
     };
     for layer in layers {
         // The monitor has no way to write to it any more since the switch; nor shall its user.

@@ -5,7 +5,8 @@
 //!                    memory          sparse; loaded once into a sealed memory file
 //!                    state           devices, as QEMU saved them
 //!                    disk.qcow2      what the boot wrote over the image's root file system;
-//!                    disk.raw        with Firecracker the whole of it
+//!                    disk.raw        with Firecracker the whole of it, or
+//!                    disk.dm-snapshot what differs from the image, by the device mapper
 //! ```
 //!
 //! Immutable: made under another name and renamed at the end, never changed.
@@ -58,7 +59,7 @@ pub struct Manifest {
     pub shape: Shape,
     /// Size of the guest's disk.
     pub disk_bytes: u64,
-    /// The format of its disk's layer: `qcow2` or `raw`.
+    /// The format of its disk's layer: `qcow2`, `raw` or `dm-snapshot`.
     #[serde(default = "qcow2")]
     pub disk_format: String,
     /// The command line its kernel was booted with.

@@ -4,11 +4,11 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::launch::{JAIL, RUN};
 use crate::VmmError;
-use crate::machine::{BootFiles, DiskChain};
+use crate::machine::BootFiles;
 use crate::memfd::copy_of;
 
 /// What a kernel is called among a monitor's descriptors.
@@ -51,7 +51,7 @@ pub(super) fn open_kernel(boot: &BootFiles) -> Result<(OwnedFd, OwnedFd), VmmErr
 }
 
 /// An empty jail in the machine's folder.
-pub(super) fn make_jail(dir: &Path, uid: u32, gid: u32) -> Result<PathBuf, VmmError> {
+pub(super) fn make_jail(dir: &Path, (uid, gid): (u32, u32)) -> Result<(), VmmError> {
     let jail = dir.join(JAIL);
     let make = || -> io::Result<()> {
         match fs::remove_dir_all(&jail) {
@@ -69,24 +69,7 @@ pub(super) fn make_jail(dir: &Path, uid: u32, gid: u32) -> Result<PathBuf, VmmEr
         what: "cannot make the jail",
         path: jail.clone(),
         source,
-    })?;
-    Ok(jail)
-}
-
-/// Gives an empty top layer its content: that of the layer below.
-pub(super) fn fill_top(
-    chain: &DiskChain,
-    fill: impl FnOnce(&Path, &Path) -> Result<(), VmmError>,
-) -> Result<(), VmmError> {
-    let top = fs::metadata(&chain.top).map_err(|source| VmmError::File {
-        what: "cannot open the disk",
-        path: chain.top.clone(),
-        source,
-    })?;
-    if top.len() > 0 {
-        return Ok(());
-    }
-    fill(chain.layers.last().unwrap_or(&chain.base), &chain.top)
+    })
 }
 
 /// Runs work that waits for files.

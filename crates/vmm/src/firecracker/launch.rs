@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -11,7 +12,7 @@ use serde_json::Value;
 use super::FirecrackerVmm;
 use super::api::{Api, ApiError};
 use super::drives::DiskInJail;
-use super::files::{blocking, fill_top, make_jail, open_kernel, own_file, path_of, unreadable};
+use super::files::{blocking, make_jail, open_kernel, own_file, path_of, unreadable};
 use super::machine::{FirecrackerMachine, Origin};
 use super::model::{
     Balloon, BootSource, Drive, Entropy, InstanceInfo, InstanceState, LoadSnapshot, MachineConfig,
@@ -86,7 +87,9 @@ fn new_delta(memory_bytes: u64) -> Result<DeltaFile, VmmError> {
 struct Ground {
     spec: MachineSpec,
     tap: Option<TapOrigin>,
-    disk: DiskInJail,
+    disk: Arc<DiskInJail>,
+    /// Held open until Firecracker has opened its disk, whose device would go before.
+    _disk_used: Option<File>,
     state: File,
 }
 
@@ -223,7 +226,7 @@ impl FirecrackerVmm {
             let made = match delta {
                 None => DeltaFile::create(memory.bytes()).map(|delta| (memory, delta)),
                 Some(mut delta) => compose(&memory, &mut *delta.pages)
-                    .map(|(memory, delta)| (std::sync::Arc::new(memory), delta)),
+                    .map(|(memory, delta)| (Arc::new(memory), delta)),
             };
             made.map_err(|source| VmmError::Delta {
                 doing: "brought in",
@@ -355,14 +358,11 @@ impl FirecrackerVmm {
     /// Makes the jail, and puts the disk into it.
     async fn prepare(&self, mut spec: MachineSpec) -> Result<Ground, VmmError> {
         let cloning = self.config.cloning.clone();
-        let (dir, uid, gid) = (spec.dir.clone(), spec.uid, spec.gid);
+        let (dir, user) = (spec.dir.clone(), (spec.uid, spec.gid));
         let chain = spec.disk.clone();
-        let disk = blocking(move || {
-            let jail = make_jail(&dir, uid, gid)?;
-            fill_top(&chain, |from, to| cloning.fill(from, to))?;
-            let disk = DiskInJail::new(&jail, DISK);
-            disk.set(&chain.top, uid, gid)?;
-            Ok(disk)
+        let (disk, disk_used) = blocking(move || {
+            make_jail(&dir, user)?;
+            DiskInJail::prepare(&cloning, &chain, &dir, user)
         })
         .await?;
         let tap = match spec.tap.take() {
@@ -390,7 +390,8 @@ impl FirecrackerVmm {
         Ok(Ground {
             spec,
             tap,
-            disk,
+            disk: Arc::new(disk),
+            _disk_used: disk_used,
             state,
         })
     }
@@ -428,7 +429,7 @@ impl FirecrackerVmm {
             uid: ground.spec.uid,
             gid: ground.spec.gid,
             console: Console::Stdout,
-            jail: self.jail(&dir, socket, network.is_some()),
+            jail: self.jail(&dir, ground.disk.node(), socket, network.is_some()),
             network,
             guard: server,
             fds,
@@ -449,21 +450,26 @@ impl FirecrackerVmm {
             });
         }
         tracing::debug!(answers = ?began.elapsed(), "Firecracker answers");
-        let disk = std::mem::replace(&mut ground.disk, DiskInJail::new(&dir.join(JAIL), DISK));
         let state = ground.state.try_clone().map_err(shared)?;
         let machine = FirecrackerMachine::new(
             api,
             process,
             origin,
             state,
-            disk,
+            ground.disk.clone(),
             self.config.cloning.clone(),
             self.patience(),
         );
         Ok((ground, machine))
     }
 
-    fn jail(&self, dir: &Path, pages: Option<PathBuf>, network: bool) -> Jail {
+    fn jail(
+        &self,
+        dir: &Path,
+        disk: Option<PathBuf>,
+        pages: Option<PathBuf>,
+        network: bool,
+    ) -> Jail {
         let mut binds = vec![Bind {
             from: self.config.program.clone(),
             to: PROGRAM.into(),
@@ -475,6 +481,7 @@ impl FirecrackerVmm {
             executable: true,
         }));
         let mut devices: Vec<PathBuf> = vec!["/dev/kvm".into(), "/dev/urandom".into()];
+        devices.extend(disk);
         if network {
             devices.push("/dev/net/tun".into());
         }

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::Cloning;
 use super::api::{Api, ApiError};
-use super::drives::DiskInJail;
+use super::drives::{DiskInJail, layer_in};
 use super::files::{BOOT_NAME, blocking};
 use super::launch::{
     API_SOCKET, DISK, DRIVE_ID, JAIL, MEMORY_FD, RUN, SAVED_FD, SNAPSHOT_PATIENCE, STATE_FD, VSOCK,
@@ -43,7 +43,7 @@ pub struct FirecrackerMachine {
     origin: Origin,
     /// Where Firecracker writes states.
     state: File,
-    disk: DiskInJail,
+    disk: Arc<DiskInJail>,
     cloning: Cloning,
     run_state: watch::Sender<RunState>,
     /// It is set up, and its guest was never started.
@@ -74,7 +74,7 @@ impl FirecrackerMachine {
         process: Supervised,
         origin: Origin,
         state: File,
-        disk: DiskInJail,
+        disk: Arc<DiskInJail>,
         cloning: Cloning,
         patience: Duration,
     ) -> FirecrackerMachine {
@@ -113,13 +113,16 @@ impl FirecrackerMachine {
         };
         let state = inherited(vmm, STATE_FD).map_err(lost)?;
         let origin = find_origin(vmm).map_err(lost)?;
-        let jail = dir.join(JAIL);
+        let disk = {
+            let (cloning, dir) = (cloning.clone(), dir.to_owned());
+            blocking(move || DiskInJail::adopt(&cloning, &dir)).await?
+        };
         let machine = FirecrackerMachine::new(
-            Api::new(jail.join(RUN), API_SOCKET),
+            Api::new(dir.join(JAIL).join(RUN), API_SOCKET),
             process,
             origin,
             state,
-            DiskInJail::new(&jail, DISK),
+            Arc::new(disk),
             cloning,
             patience,
         );
@@ -393,12 +396,17 @@ impl Machine for FirecrackerMachine {
 
     fn written_layer(&self, layers: &[PathBuf]) -> Result<usize, VmmError> {
         let vmm = self.process.pids().vmm;
-        let open = open_files(vmm).map_err(|source| VmmError::Process {
+        let written = match self.disk.written_by_kernel() {
+            Ok(Some(layer)) => Ok(HashSet::from([layer])),
+            Ok(None) => open_files(vmm),
+            Err(error) => Err(error),
+        };
+        let written = written.map_err(|source| VmmError::Process {
             what: "the open files",
             pid: vmm.pid,
             source,
         })?;
-        find_layer(layers, |identity| open.contains(&identity))
+        find_layer(layers, |identity| written.contains(&identity))
     }
 
     fn run_state(&self) -> watch::Receiver<RunState> {
@@ -429,36 +437,18 @@ impl Machine for FirecrackerMachine {
 impl FirecrackerMachine {
     /// Fills the layer with the disk as it is, and has Firecracker open it.
     async fn put_layer(&self, top: &Path) -> Result<(), VmmError> {
-        let failed = |why: String| VmmError::DiskLayer {
-            path: top.to_owned(),
-            why,
+        let (disk, cloning, layer) = (self.disk.clone(), self.cloning.clone(), top.to_owned());
+        let Some(before) = blocking(move || disk.switch(&cloning, &layer)).await? else {
+            return Ok(());
         };
-        let old = self.disk.path().to_owned();
-        let (path, cloning) = (top.to_owned(), self.cloning.clone());
-        let filled = blocking(move || {
-            let layer = std::fs::metadata(&path);
-            let layer = layer.map_err(|source| VmmError::File {
-                what: "cannot open the disk",
-                path: path.clone(),
-                source,
-            })?;
-            if layer.len() > 0 {
-                return Err(VmmError::DiskLayer {
-                    path,
-                    why: "it is not empty; the disk is as it was".into(),
-                });
-            }
-            cloning.fill(&old, &path)
-        });
-        filled.await?;
-        let owner = std::fs::metadata(self.disk.path())
-            .map_err(|error| failed(format!("the disk is not there: {error}")))?;
-        let before = self.disk.replace(top, owner.uid(), owner.gid())?;
         let opened = self.open_disk().await;
         // One that is not opened is not written to: the old one is found by its name again.
         before.end(opened.is_ok())?;
         opened.map_err(|error| match error {
-            VmmError::Api { source, .. } => failed(format!("{source}; the disk is as it was")),
+            VmmError::Api { source, .. } => VmmError::DiskLayer {
+                path: top.to_owned(),
+                why: format!("{source}; the disk is as it was"),
+            },
             other => other,
         })
     }
@@ -507,16 +497,15 @@ fn find_layer(layers: &[PathBuf], written: impl Fn((u64, u64)) -> bool) -> Resul
 /// What [`Machine::written_layer`] would tell of a machine in folder `dir` that has ended,
 /// whatever monitor ran it.
 pub fn left_layer(dir: &Path, layers: &[PathBuf]) -> Result<usize, VmmError> {
-    let disk = dir.join(JAIL).join(DISK);
-    match std::fs::metadata(&disk) {
-        Ok(disk) => find_layer(layers, |identity| identity == (disk.dev(), disk.ino())),
+    match layer_in(dir) {
+        Ok(top) => find_layer(layers, |identity| identity == top),
         // QEMU's, where a layer that was not switched to holds nothing.
-        Err(error) if error.kind() == io::ErrorKind::NotFound && !layers.is_empty() => {
+        Err((_, error)) if error.kind() == io::ErrorKind::NotFound && !layers.is_empty() => {
             Ok(layers.len() - 1)
         }
-        Err(source) => Err(VmmError::File {
+        Err((path, source)) => Err(VmmError::File {
             what: "cannot look at the disk",
-            path: disk,
+            path,
             source,
         }),
     }

@@ -38,7 +38,8 @@ use async_trait::async_trait;
 
 pub use self::api::ApiError;
 pub use self::config::{Devices, FirecrackerConfig};
-pub use self::drives::{CloneWay, Cloning};
+pub(crate) use self::drives::layers_in;
+pub use self::drives::{CloneWay, Cloning, MappedDisk};
 pub use self::machine::{FirecrackerMachine, left_layer};
 use crate::probe::Driver;
 use crate::{
@@ -75,7 +76,7 @@ impl FirecrackerVmm {
                 layout: LAYOUT,
             },
             slowness: config.slowness,
-            layers: Driver::Firecracker.layers(),
+            layers: config.cloning.layers(),
             kernel: KernelFormat::Elf,
             page_server: config.userfaultfd,
             stands_by: false,

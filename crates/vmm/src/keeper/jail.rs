@@ -14,7 +14,7 @@ use std::fmt::Display;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid};
@@ -143,13 +143,17 @@ fn make_devices(root: &Path, devices: &[PathBuf], uid: u32, gid: u32) -> io::Res
 
 /// A device of the host, under the same path, for this user alone.
 fn make_device(root: &Path, device: &Path, uid: u32, gid: u32) -> io::Result<()> {
-    let number = fs::metadata(device)?.rdev();
+    let found = fs::metadata(device)?;
+    let kind = match found.file_type().is_block_device() {
+        true => FileType::BlockDevice,
+        false => FileType::CharacterDevice,
+    };
     let inside = root.join(device.strip_prefix("/").map_err(io::Error::other)?);
     if let Some(parent) = inside.parent() {
         fs::create_dir_all(parent)?;
     }
     let mode = Mode::RUSR | Mode::WUSR;
-    rustix::fs::mknodat(CWD, &inside, FileType::CharacterDevice, mode, number)?;
+    rustix::fs::mknodat(CWD, &inside, kind, mode, found.rdev())?;
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     rustix::fs::chownat(
         CWD,

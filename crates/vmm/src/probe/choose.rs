@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{FIRECRACKER_MINIMUM, HostReport};
-use crate::{Accelerator, LayerFormat, VmmError};
+use crate::{Accelerator, VmmError};
 
 /// A monitor that there is a driver for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -18,14 +18,6 @@ pub enum Driver {
 }
 
 impl Driver {
-    /// How disk layers of its machines are written.
-    pub const fn layers(self) -> LayerFormat {
-        match self {
-            Driver::Qemu => LayerFormat::Qcow2,
-            Driver::Firecracker => LayerFormat::Raw,
-        }
-    }
-
     /// What [`crate::VmmInfo::kind`] calls it.
     pub const fn kind(self) -> &'static str {
         match self {

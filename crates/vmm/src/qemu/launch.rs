@@ -203,7 +203,7 @@ fn open_disk(disk: &DiskChain, fds: &mut Descriptors) -> Result<(Vec<Image>, Top
     });
     for layer in &disk.layers {
         images.push(Image {
-            fd: fds.add(open(layer, false)?),
+            fd: fds.add(open(&layer.path, false)?),
             format: Format::Qcow2,
             spare: None,
         });

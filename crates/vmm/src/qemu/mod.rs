@@ -23,8 +23,8 @@ pub use self::save::state_file;
 use crate::keeper::Launcher;
 use crate::probe::{Choice, Driver, HostReport, QEMU_MINIMUM};
 use crate::{
-    BootSpec, Delta, Fingerprint, KernelFormat, Machine, MachineSpec, RestoreSpec, SealedMemory,
-    ServedSpec, Vmm, VmmError, VmmInfo, create_overlay,
+    BootSpec, Delta, Fingerprint, KernelFormat, LayerFormat, Machine, MachineSpec, RestoreSpec,
+    SealedMemory, ServedSpec, Vmm, VmmError, VmmInfo, create_overlay,
 };
 
 /// What the driver needs to know.
@@ -108,7 +108,7 @@ impl QemuVmm {
                     layout: args::LAYOUT,
                 },
                 slowness: config.slowness,
-                layers: Driver::Qemu.layers(),
+                layers: LayerFormat::Qcow2,
                 kernel: KernelFormat::BzImage,
                 page_server: false,
                 stands_by: true,

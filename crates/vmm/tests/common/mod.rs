@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    BootFiles, BootSpec, DiskChain, IDENTITY_BYTES, Launcher, Machine, MachineSpec, MemoryFile,
-    QemuConfig, QemuVmm, RestoreSpec, SealedMemory, Vmm, create_overlay, probe,
+    BootFiles, BootSpec, DiskChain, DiskLayer, IDENTITY_BYTES, Launcher, LayerFormat, Machine,
+    MachineSpec, MemoryFile, QemuConfig, QemuVmm, RestoreSpec, SealedMemory, Vmm, create_overlay,
+    probe,
 };
 
 /// In the order in which the kernel needs them.
@@ -97,31 +98,15 @@ pub const DISK_BYTES: u64 = 64 << 20;
 pub fn assets() -> &'static Assets {
     static ASSETS: OnceLock<Assets> = OnceLock::new();
     ASSETS.get_or_init(|| {
-        let (kernel, modules) = kernel();
+        let (kernel, _) = kernel();
         let dir = tempfile::tempdir().unwrap();
-        let tree = dir.path().join("initramfs");
-        for folder in ["bin", "dev", "proc", "sys", "mods"] {
-            fs::create_dir_all(tree.join(folder)).unwrap();
-        }
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"]
-            .into_iter()
-            .find(|path| Path::new(path).exists())
-            .expect("install busybox-static");
-        fs::copy(busybox, tree.join("bin/busybox")).unwrap();
-        let mut load = String::new();
-        for module in MODULES {
-            let file = format!("{module}.ko");
-            fs::copy(find(&modules, &file), tree.join("mods").join(&file)).unwrap();
-            load += &format!("$b insmod /mods/{file}\n");
-        }
-        let init = tree.join("init");
-        fs::write(&init, INIT.replace("MODULES\n", &load)).unwrap();
-        fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
         let initramfs = dir.path().join("initramfs.cpio");
-        run(Command::new("sh").current_dir(&tree).arg("-c").arg(format!(
-            "find . | {busybox} cpio -o -H newc >{} 2>/dev/null",
-            initramfs.display()
-        )));
+        Guest {
+            init: INIT,
+            modules: &[],
+            programs: &[],
+        }
+        .pack(&initramfs);
         let content = dir.path().join("disk");
         fs::create_dir(&content).unwrap();
         fs::write(content.join("seen"), "made\n").unwrap();
@@ -141,6 +126,49 @@ pub fn assets() -> &'static Assets {
             _dir: dir,
         }
     })
+}
+
+/// What a guest is made of besides its kernel, busybox and [`MODULES`].
+pub struct Guest<'a> {
+    /// The script that is its first process; its line `MODULES` loads all modules.
+    pub init: &'a str,
+    /// More modules, in the order in which the kernel needs them.
+    pub modules: &'a [&'a str],
+    /// Programs, and what they are called in `/bin`.
+    pub programs: &'a [(&'a Path, &'a str)],
+}
+
+impl Guest<'_> {
+    /// Writes its initial file system.
+    pub fn pack(&self, initramfs: &Path) {
+        let (_, modules) = kernel();
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path();
+        for folder in ["bin", "dev", "proc", "sys", "mods"] {
+            fs::create_dir_all(tree.join(folder)).unwrap();
+        }
+        let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+            .into_iter()
+            .find(|path| Path::new(path).exists())
+            .expect("install busybox-static");
+        fs::copy(busybox, tree.join("bin/busybox")).unwrap();
+        for (program, name) in self.programs {
+            fs::copy(program, tree.join("bin").join(name)).unwrap();
+        }
+        let mut load = String::new();
+        for module in MODULES.iter().chain(self.modules) {
+            let file = format!("{module}.ko");
+            fs::copy(find(&modules, &file), tree.join("mods").join(&file)).unwrap();
+            load += &format!("$b insmod /mods/{file}\n");
+        }
+        let init = tree.join("init");
+        fs::write(&init, self.init.replace("MODULES\n", &load)).unwrap();
+        fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+        run(Command::new("sh").current_dir(tree).arg("-c").arg(format!(
+            "find . | {busybox} cpio -o -H newc >{} 2>/dev/null",
+            initramfs.display()
+        )));
+    }
 }
 
 fn run(command: &mut Command) {
@@ -252,6 +280,12 @@ pub const SHAPE: Shape = Shape {
     memory: MemoryMib(256),
 };
 
+/// Layers as QEMU's are.
+pub fn qcow2(paths: &[PathBuf]) -> Vec<DiskLayer> {
+    let layer = |path: &PathBuf| DiskLayer::new(LayerFormat::Qcow2, path);
+    paths.iter().map(layer).collect()
+}
+
 /// The specification of a machine in `dir` on the layers of `layers`.
 pub fn spec(vmm: &QemuVmm, dir: &Path, uid: u32, id: &str, layers: Vec<PathBuf>) -> MachineSpec {
     let assets = assets();
@@ -267,7 +301,7 @@ pub fn spec(vmm: &QemuVmm, dir: &Path, uid: u32, id: &str, layers: Vec<PathBuf>)
         },
         disk: DiskChain {
             base: assets.disk.clone(),
-            layers,
+            layers: qcow2(&layers),
             top: dir.join("disk.qcow2"),
         },
         tap: None,

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    BootFiles, BootSpec, DiskChain, FirecrackerConfig, FirecrackerVmm, IDENTITY_BYTES, Launcher,
-    Machine, MachinePids, MachineSpec, MemoryFile, RestoreSpec, RunState, SealedMemory, Vmm, probe,
+    BootFiles, BootSpec, CloneWay, DiskChain, DiskLayer, FirecrackerConfig, FirecrackerVmm,
+    IDENTITY_BYTES, Launcher, LayerFormat, Machine, MachinePids, MachineSpec, MemoryFile,
+    RestoreSpec, RunState, SealedMemory, Vmm, probe,
 };
 
 use crate::guest;
@@ -40,7 +41,8 @@ pub fn harness() -> PathBuf {
 impl Bed {
     /// `None`, and a line that says so, where there is no Firecracker.
     pub fn new() -> Option<Bed> {
-        Bed::with(|_| {})
+        // What its machines write is looked for in raw images.
+        Bed::with(|config| config.cloning.way = CloneWay::Copy)
     }
 
     /// The same with a configuration of its own.
@@ -160,6 +162,11 @@ impl Bed {
     }
 }
 
+/// A layer that is a whole image.
+pub fn raw(path: impl Into<PathBuf>) -> DiskLayer {
+    DiskLayer::new(LayerFormat::Raw, path)
+}
+
 /// A frozen machine.
 pub struct Template {
     pub memory: Arc<SealedMemory>,
@@ -175,7 +182,7 @@ impl Template {
     /// What restores a clone in a folder of its own.
     pub fn clone_spec(&self, bed: &Bed, name: &str, uid: u32) -> RestoreSpec {
         let mut machine = bed.spec(&bed.folder(name), uid);
-        machine.disk.layers = vec![self.layer.clone()];
+        machine.disk.layers = vec![raw(&self.layer)];
         // A clone needs no kernel: it has one in its memory.
         machine.boot.kernel = "/nonexistent".into();
         machine.boot.initramfs = "/nonexistent".into();

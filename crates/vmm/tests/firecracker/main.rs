@@ -13,6 +13,7 @@ mod bed;
 mod gone;
 mod guest;
 mod life;
+mod mapped;
 mod network;
 mod pages;
 mod save;

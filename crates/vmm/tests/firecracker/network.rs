@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use wrenn_vmm::{BootSpec, Machine, MemoryFile, Vmm, VmmError};
 
-use crate::bed::{Bed, SHAPE, rounds_of};
+use crate::bed::{Bed, SHAPE, raw, rounds_of};
 
 #[path = "../tap/mod.rs"]
 mod tap;
@@ -151,7 +151,7 @@ async fn g20_a_machine_comes_back_on_another_tap_with_its_own_identity() {
     let second = Network::new("two", "othertap7");
     let mut clone = bed.spec(&bed.folder("clone"), 10_281);
     clone.tap = Some(second.open());
-    clone.disk.layers = vec![bed.path().join("template/disk.raw")];
+    clone.disk.layers = vec![raw(bed.path().join("template/disk.raw"))];
     identity(&mut clone.identity[..], "second");
     let dir = clone.dir.clone();
     let spec = wrenn_vmm::RestoreSpec {

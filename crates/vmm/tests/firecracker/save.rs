@@ -12,23 +12,23 @@ use wrenn_vmm::{
     state_file,
 };
 
-use crate::bed::{Bed, SHAPE, Template, View, first_round, rounds_of, settled_round};
+use crate::bed::{Bed, SHAPE, Template, View, first_round, raw, rounds_of, settled_round};
 use crate::guest;
 use crate::pages::PageServer;
 
 /// A saved clone, held in memory.
-struct Saved {
-    state: Vec<u8>,
+pub struct Saved {
+    pub state: Vec<u8>,
     pages: Arc<PageBuffer>,
     ranges: Vec<PageRange>,
     /// Its memory, as Firecracker had it.
     frozen: View,
     /// The rounds it had worked.
-    round: u64,
+    pub round: u64,
 }
 
 impl Saved {
-    async fn of(machine: &Arc<dyn Machine>) -> Saved {
+    pub async fn of(machine: &Arc<dyn Machine>) -> Saved {
         let began = Instant::now();
         let mut saved = machine.save_delta().await.unwrap();
         assert_eq!(*machine.run_state().borrow(), RunState::Stopped);
@@ -54,7 +54,7 @@ impl Saved {
         }
     }
 
-    fn delta(&self) -> Delta {
+    pub fn delta(&self) -> Delta {
         Delta {
             firmware: Box::new([0; wrenn_vmm::FIRMWARE_BYTES]),
             pages: self.pages.stream(),
@@ -126,7 +126,7 @@ async fn g12_g20_a_saved_machine_goes_on_under_another_path() {
     {
         let mut spec = template.clone_spec(&bed, folder, 10_211 + index as u32);
         spec.machine.disk.base = "/nonexistent".into();
-        spec.machine.disk.layers = vec![layer.clone()];
+        spec.machine.disk.layers = vec![raw(&layer)];
         let began = Instant::now();
         let machine = bed.vmm.restore(spec).await.unwrap();
         println!("restored in {:?}", began.elapsed());
@@ -483,7 +483,7 @@ async fn disks_are_layers_and_are_switched_under_a_running_machine() {
     let saved = Saved::of(&machine).await;
     machine.kill().await.unwrap();
     let mut spec = template.clone_spec(&bed, "next", 10_262);
-    spec.machine.disk.layers.push(new.clone());
+    spec.machine.disk.layers.push(raw(&new));
     spec.state = state_file(&saved.state).unwrap();
     let next = bed.vmm.restore_delta(spec, saved.delta()).await.unwrap();
     next.resume().await.unwrap();

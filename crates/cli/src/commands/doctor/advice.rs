@@ -100,10 +100,11 @@ pub(super) fn advise(report: &HostReport, missing: &[MissingPackage], runs: bool
             (false, _) => "switch virtualisation (VT-x, AMD-V) on in the firmware's setup".to_owned(),
         });
     }
-    for feature in &report.features {
-        if feature.available == Measured::No && feature.name.contains("reflink") {
+    let firecracker = report.firecracker.is_some() && report.kvm.usable;
+    for feature in report.features.iter().filter(|_| firecracker) {
+        if feature.available == Measured::No && feature.name == "reflink" {
             advise(
-                "to copy disks for free",
+                "to save Firecracker's disks fastest",
                 "put the data folder on btrfs or XFS (--data-dir)".to_owned(),
             );
         }

@@ -5,6 +5,10 @@
 //!   and sleeps.
 //! - `harness firecracker-agent BED DIR` does the same with Firecracker, with the files that
 //!   its tests put into BED.
+//! - `harness mapped-disks FOLDER` tries disks of the device mapper, as root of a guest, and ends
+//!   with a line about what came of it; `harness hold IMAGE LAYER` uses one until it is killed.
+
+mod mapped;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -49,6 +53,23 @@ fn main() -> ExitCode {
                 }
             }
         }
+        ["mapped-disks", folder] => match mapped::try_all(Path::new(folder)) {
+            Ok(()) => {
+                println!("MAPPED whole.");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                println!("MAPPED broken: {error}.");
+                ExitCode::FAILURE
+            }
+        },
+        ["hold", image, layer] => match mapped::hold(Path::new(image), Path::new(layer)) {
+            Ok(never) => match never {},
+            Err(error) => {
+                println!("{error}");
+                ExitCode::FAILURE
+            }
+        },
         _ => ExitCode::from(64),
     }
 }

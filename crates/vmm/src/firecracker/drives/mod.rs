@@ -1,24 +1,30 @@
-//! Raw disk images that a machine writes to: each a copy of the layer below, made in the best
-//! way that the file system has.
+//! Disks that machines write to, made in the best way that the host has: as raw images, each a
+//! copy of the layer below, or as layers of the device mapper.
+
+mod in_jail;
+mod loops;
+mod mapped;
+mod mapper;
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, chown};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
-use crate::VmmError;
+pub(crate) use self::in_jail::layers_in;
+pub(super) use self::in_jail::{DiskInJail, layer_in};
+pub use self::mapped::MappedDisk;
 use crate::memory::{PAGE, data_in};
+use crate::{LayerFormat, VmmError};
 
 /// How much of an image is copied at once.
 const CHUNK: u64 = 1 << 20;
-
-/// Where the kernel's device mapper is steered.
-const DEVICE_MAPPER: &str = "/dev/mapper/control";
 
 /// How images are copied, and why so.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -28,6 +34,9 @@ pub struct Cloning {
     pub way: CloneWay,
     /// Why, as a sentence.
     pub why: String,
+    /// How the names of devices begin that are made for machines of this data folder.
+    #[serde(skip)]
+    prefix: String,
 }
 
 /// A way to copy an image.
@@ -37,6 +46,8 @@ pub enum CloneWay {
     /// The copy shares its blocks with the original until one of them is written
     /// (ioctl_ficlone(2)): it takes no time and no room.
     Reflink,
+    /// What differs from the image below is kept beside it; see `mapped`.
+    DeviceMapper,
     /// All that is not a hole is copied.
     Copy,
 }
@@ -45,42 +56,68 @@ impl fmt::Display for CloneWay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             CloneWay::Reflink => "reflink",
+            CloneWay::DeviceMapper => "device mapper",
             CloneWay::Copy => "sparse copy",
         })
     }
 }
 
 impl Cloning {
-    /// Finds the best way by trying, in the folder where the images are. Leaves nothing
-    /// behind. Blocking.
+    /// Finds the best way by trying, in the folder where the images are, and takes away what
+    /// an agent of it has left in the kernel that was killed. Leaves nothing behind. Blocking.
     pub fn probe(dir: &Path) -> Cloning {
-        Cloning::judge(dir, try_reflink(dir), Path::new(DEVICE_MAPPER).exists())
+        let prefix = format!("wrenn-{}-", short_digest(dir));
+        let reflink = try_reflink(dir);
+        let mapper = match reflink {
+            Ok(()) => Ok(()),
+            Err(_) => try_device_mapper(dir, &prefix),
+        };
+        Cloning::judge(dir, prefix, reflink, mapper)
     }
 
     /// The verdict from what was tried. Pure.
-    fn judge(dir: &Path, reflink: io::Result<()>, device_mapper: bool) -> Cloning {
+    fn judge(
+        dir: &Path,
+        prefix: String,
+        reflink: io::Result<()>,
+        mapper: io::Result<()>,
+    ) -> Cloning {
         let dir = dir.display();
-        let (way, why) = match reflink {
-            Ok(()) => (
+        let (way, why) = match (reflink, mapper) {
+            (Ok(()), _) => (
                 CloneWay::Reflink,
                 format!("the file system of {dir} shares blocks between files"),
             ),
-            Err(error) => (
+            (Err(error), Ok(())) => (
+                CloneWay::DeviceMapper,
+                format!(
+                    "disks are snapshots of the device mapper: the file system of {dir} cannot share blocks between files ({error})"
+                ),
+            ),
+            (Err(error), Err(mapper)) => (
                 CloneWay::Copy,
                 format!(
-                    "disks are copied: the file system of {dir} cannot share blocks ({error}; btrfs and xfs can), and {}",
-                    if device_mapper {
-                        "snapshots of the device mapper, which this host has, are not supported"
-                    } else {
-                        "this kernel has no device mapper"
-                    }
+                    "disks are copied: the file system of {dir} cannot share blocks ({error}; btrfs and xfs can), and the device mapper cannot be used ({mapper})"
                 ),
             ),
         };
-        Cloning { way, why }
+        Cloning { way, why, prefix }
     }
 
-    /// Fills the image `to`, which is empty, with what `from` holds. Blocking.
+    /// How layers are written that are made this way.
+    pub(super) fn layers(&self) -> LayerFormat {
+        match self.way {
+            CloneWay::Reflink | CloneWay::Copy => LayerFormat::Raw,
+            CloneWay::DeviceMapper => LayerFormat::DmSnapshot,
+        }
+    }
+
+    /// What the device of the machine in this folder is called.
+    fn device(&self, dir: &Path) -> String {
+        format!("{}{}", self.prefix, short_digest(dir))
+    }
+
+    /// Fills the raw image `to`, which is empty, with what `from` holds. Blocking.
     pub(super) fn fill(&self, from: &Path, to: &Path) -> Result<(), VmmError> {
         let failed = |what, path: &Path| {
             let path = path.to_owned();
@@ -91,7 +128,7 @@ impl Cloning {
         let copy = copy.map_err(failed("cannot open the disk", to))?;
         match self.way {
             CloneWay::Reflink => reflink(&original, &copy),
-            CloneWay::Copy => sparse_copy(&original, &copy),
+            CloneWay::DeviceMapper | CloneWay::Copy => sparse_copy(&original, &copy),
         }
         .map_err(failed("cannot fill the disk", to))
     }
@@ -101,15 +138,44 @@ fn reflink(from: &impl AsFd, to: &impl AsFd) -> io::Result<()> {
     Ok(rustix::fs::ioctl_ficlone(to, from)?)
 }
 
-/// Both files are unnamed, so nothing can stay behind.
+/// Some letters that stand for a path, whatever it is called by.
+fn short_digest(path: &Path) -> String {
+    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    hex::encode(&Sha256::digest(path.as_os_str().as_encoded_bytes())[..8])
+}
+
+/// A file without a name, so it cannot stay behind.
+fn unnamed(dir: &Path) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)?;
+    Ok(file.into())
+}
+
 fn try_reflink(dir: &Path) -> io::Result<()> {
-    let unnamed = || {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)
-    };
-    let (from, to) = (unnamed()?, unnamed()?);
+    let (from, to) = (unnamed(dir)?, unnamed(dir)?);
     rustix::io::write(&from, &[1; PAGE])?;
     reflink(&from, &to)
+}
+
+/// Writes to a small disk, and looks whether only its layer has changed.
+fn try_device_mapper(dir: &Path, prefix: &str) -> io::Result<()> {
+    const BYTES: u64 = 1 << 20;
+    mapped::sweep(prefix)?;
+    let (image, layer) = (unnamed(dir)?, unnamed(dir)?);
+    image.set_len(BYTES)?;
+    image.write_all_at(&[1; PAGE], 0)?;
+    MappedDisk::create_layer(BYTES, &layer)?;
+    let path = |file: &File| PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let name = format!("{prefix}probe");
+    let (_, disk) = MappedDisk::attach(&name, &path(&image), &path(&layer))?;
+    disk.write_all_at(&[2; PAGE], 0)?;
+    disk.sync_data()?;
+    let mut kept = [0; PAGE];
+    image.read_exact_at(&mut kept, 0)?;
+    match kept == [1; PAGE] {
+        true => Ok(()),
+        false => Err(io::Error::other("it wrote to the image below")),
+    }
 }
 
 fn sparse_copy(from: &File, to: &File) -> io::Result<()> {
@@ -145,87 +211,6 @@ pub(super) fn create_empty(path: &Path) -> Result<(), VmmError> {
         })
 }
 
-/// The disk that another has taken the place of, until it is known which of them is used.
-#[derive(Debug)]
-#[must_use]
-pub(super) struct Before {
-    name: PathBuf,
-    kept: PathBuf,
-}
-
-impl Before {
-    /// The other one is used, or this one again. Blocking.
-    pub(super) fn end(self, replaced: bool) -> Result<(), VmmError> {
-        match replaced {
-            true => std::fs::remove_file(&self.kept),
-            false => std::fs::rename(&self.kept, &self.name),
-        }
-        .map_err(|source| VmmError::File {
-            what: "cannot put in its place the disk",
-            path: self.name,
-            source,
-        })
-    }
-}
-
-/// A machine's disk in its jail: a second name of the layer that is on top.
-#[derive(Debug)]
-pub(super) struct DiskInJail {
-    name: PathBuf,
-    new_name: PathBuf,
-}
-
-impl DiskInJail {
-    pub(super) fn new(jail: &Path, name: &str) -> DiskInJail {
-        DiskInJail {
-            name: jail.join(name),
-            new_name: jail.join(format!("{name}.new")),
-        }
-    }
-
-    /// What it is called on the host.
-    pub(super) fn path(&self) -> &Path {
-        &self.name
-    }
-
-    /// As [`DiskInJail::set`], and keeps what was there. Blocking.
-    pub(super) fn replace(&self, top: &Path, uid: u32, gid: u32) -> Result<Before, VmmError> {
-        let kept = self.name.with_extension("before");
-        let keep = match std::fs::remove_file(&kept) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => std::fs::hard_link(&self.name, &kept),
-        };
-        keep.map_err(|source| VmmError::File {
-            what: "cannot keep the disk",
-            path: self.name.clone(),
-            source,
-        })?;
-        self.set(top, uid, gid)?;
-        Ok(Before {
-            name: self.name.clone(),
-            kept,
-        })
-    }
-
-    /// Makes `top` the disk, for this user alone. Blocking.
-    pub(super) fn set(&self, top: &Path, uid: u32, gid: u32) -> Result<(), VmmError> {
-        let failed = |what| {
-            let path = top.to_owned();
-            move |source: io::Error| VmmError::File { what, path, source }
-        };
-        chown(top, Some(uid), Some(gid)).map_err(failed("cannot give away the disk"))?;
-        let linked = match std::fs::remove_file(&self.new_name) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => std::fs::hard_link(top, &self.new_name),
-        };
-        linked
-            .and_then(|()| std::fs::rename(&self.new_name, &self.name))
-            .map_err(failed(
-                "cannot put into the jail of its machine (both must be on one file system) the disk",
-            ))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -233,14 +218,18 @@ mod tests {
     #[test]
     fn the_way_is_told_with_its_reason() {
         let dir = Path::new("/data");
-        let cloning = Cloning::judge(dir, Ok(()), true);
-        assert_eq!(cloning.way, CloneWay::Reflink);
+        let judge = |reflink, mapper| Cloning::judge(dir, String::new(), reflink, mapper);
         let cannot = || Err(io::Error::from(io::ErrorKind::Unsupported));
-        let cloning = Cloning::judge(dir, cannot(), false);
+        let cloning = judge(Ok(()), cannot());
+        assert_eq!(cloning.way, CloneWay::Reflink);
+        assert_eq!(cloning.layers(), LayerFormat::Raw);
+        let cloning = judge(cannot(), Ok(()));
+        assert_eq!(cloning.way, CloneWay::DeviceMapper);
+        assert_eq!(cloning.layers(), LayerFormat::DmSnapshot);
+        let missing = io::Error::other("/dev/mapper/control: not found");
+        let cloning = judge(cannot(), Err(missing));
         assert_eq!(cloning.way, CloneWay::Copy);
-        assert!(cloning.why.contains("/data") && cloning.why.contains("no device mapper"));
-        let cloning = Cloning::judge(dir, cannot(), true);
-        assert!(cloning.why.contains("not supported"), "{}", cloning.why);
+        assert!(cloning.why.contains("/data") && cloning.why.contains("/dev/mapper/control"));
     }
 
     #[test]
@@ -261,7 +250,7 @@ mod tests {
             create_empty(&to).unwrap();
             let cloning = Cloning {
                 way,
-                why: String::new(),
+                ..cloning.clone()
             };
             cloning.fill(&from, &to).unwrap();
             assert!(std::fs::read(&to).unwrap() == std::fs::read(&from).unwrap());
