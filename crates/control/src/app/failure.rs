@@ -179,6 +179,12 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         tracing::error!(error = %chain(&error), "the database failed");
+        if error.is_disk_full() {
+            return Failure::new(
+                Code::HostDiskFull,
+                "the disk of the server's database is full: make room, and ask again",
+            );
+        }
         Failure::new(
             Code::InternalError,
             "the server's database failed; its log says why",
