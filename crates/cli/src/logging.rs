@@ -24,6 +24,8 @@ pub(crate) fn start(settings: &Settings, server: bool) -> Result<(), Failure> {
     })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would say on stderr that it cannot write to stderr, as on a full disk, and panic.
+        .log_internal_errors(false)
         .with_writer(io::stderr);
     let started = match settings.log_format {
         LogFormat::Json => builder.json().try_init(),

@@ -49,6 +49,8 @@ fn main() -> ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        // It would say on stderr that it cannot write to stderr, and panic.
+        .log_internal_errors(false)
         // In a guest this is the console, whose log is read as text.
         .with_ansi(arguments.no_vm && std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_env_filter(filter)

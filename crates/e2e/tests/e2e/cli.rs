@@ -1,5 +1,6 @@
 //! The command line, as a person uses it.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -261,4 +262,20 @@ pub(crate) async fn a_sandbox_is_saved_and_gone_back_with(server: &Server) {
     cli.run(&["sandbox", "kill", &id, &child, &from])
         .await
         .expect_code(0);
+}
+
+/// As on a full disk to which its log goes.
+pub(crate) async fn a_log_that_cannot_be_written_harms_nothing(server: &Server) {
+    let mut command = server.cli().command();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    command.args(["--log", "trace", "doctor", "--json"]);
+    command.stderr(full.expect("/dev/full is there"));
+    command.stdout(Stdio::piped());
+    let ended = command.output().await.expect("it ends");
+    // Whether this machine lacks something is not what is asked here.
+    assert!(
+        ended.status.code().is_some_and(|code| code < 100),
+        "{ended:?}"
+    );
+    assert!(serde_json::from_slice::<Value>(&ended.stdout).is_ok());
 }

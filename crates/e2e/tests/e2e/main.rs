@@ -65,7 +65,7 @@ fn shared() -> Vec<(&'static str, Shared)> {
             twenty_at_once_all_work, create_is_idempotent_by_key, the_document_and_its_pages_are_served;
         cli: run_passes_streams_and_exit_code_on, run_destroys_its_sandbox, sandbox_commands_do_what_they_say,
             shell_is_a_terminal, a_sandbox_is_saved_and_gone_back_with,
-            every_command_has_help_and_json_is_json;
+            every_command_has_help_and_json_is_json, a_log_that_cannot_be_written_harms_nothing;
         files: g31_fifty_mebibytes_arrive_unchanged, a_file_is_seen_whole_or_not_at_all;
         lifetime: g01_hanging_up_during_create_harms_nothing, g01_hanging_up_during_exec_harms_nothing,
             g09_an_unused_sandbox_expires_and_a_used_one_does_not;
