@@ -32,6 +32,14 @@ pub(crate) struct Args {
     /// Try so many cases that the seed chooses, not all of them
     #[arg(long, value_name = "NUMBER")]
     sample: Option<u32>,
+    /// Only cases whose name holds this, such as "fork, killed" or "disk full at `commit`"
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    only: String,
     /// What chooses the sample
     #[arg(long, value_name = "NUMBER", default_value_t = 1, requires = "sample")]
     seed: u64,
@@ -50,7 +58,10 @@ pub(crate) async fn run(args: &Args, context: &Context) -> Result<Exit, Failure>
     let mut signal = None;
     let mut cleaned = Ok(());
     // Those that harm the disk come last, and have one of their own.
-    let cases = cases(args.sample, args.seed);
+    let cases = cases(&args.only, args.sample, args.seed);
+    if cases.is_empty() {
+        return Err(Failure::usage(format!("no case is called {:?}", args.only)));
+    }
     for cases in cases.chunk_by(|a, b| (a.harm == Harm::Kill) == (b.harm == Harm::Kill)) {
         let kills = cases.iter().any(|case| case.harm == Harm::Kill);
         let mut bed = make(context, kills).await?;

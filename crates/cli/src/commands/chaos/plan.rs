@@ -176,10 +176,11 @@ fn all() -> Vec<Case> {
         .collect()
 }
 
-/// All cases, or, of these, so many that `seed` chooses; those that kill come first, for the
-/// others have a disk of their own.
-pub(super) fn cases(sample: Option<u32>, seed: u64) -> Vec<Case> {
+/// All cases whose names hold `only`, or, of these, so many that `seed` chooses; those that kill
+/// come first, for the others have a disk of their own.
+pub(super) fn cases(only: &str, sample: Option<u32>, seed: u64) -> Vec<Case> {
     let mut cases = all();
+    cases.retain(|case| case.to_string().contains(only));
     let Some(sample) = sample else {
         return cases;
     };
@@ -203,13 +204,15 @@ mod tests {
 
     #[test]
     fn a_sample_is_the_same_for_the_same_seed_and_has_no_case_twice() {
-        let all = cases(None, 0);
-        let some = cases(Some(10), 7);
-        assert_eq!(some, cases(Some(10), 7));
-        assert_ne!(some, cases(Some(10), 8));
+        let all = cases("", None, 0);
+        let some = cases("", Some(10), 7);
+        assert_eq!(some, cases("", Some(10), 7));
+        assert_ne!(some, cases("", Some(10), 8));
         for (place, case) in some.iter().enumerate() {
             assert!(all.contains(case) && !some[..place].contains(case));
         }
-        assert_eq!(cases(Some(1000), 7).len(), all.len());
+        assert_eq!(cases("", Some(1000), 7).len(), all.len());
+        let full = cases("disk full", None, 0);
+        assert!(full.iter().all(|case| case.harm == Harm::FullDisk) && !full.is_empty());
     }
 }

@@ -28,7 +28,7 @@ const REST: Duration = Duration::from_secs(30);
 /// A program that goes on for ever, and the file by which a sandbox is known.
 const BUSY: &str = "echo one > /home/user/file; sync; (while true; do sleep 0.2; done) > /dev/null 2>&1 & echo $! > /home/user/pid";
 /// Says what is in that file and whether that program lives.
-const LOOK: &str = "cat /home/user/file; kill -0 $(cat /home/user/pid) 2>/dev/null && echo alive";
+const LOOK: &str = "exec 2>&1; cat /home/user/file; kill -0 $(cat /home/user/pid) 2>/dev/null && echo alive";
 const POINT: &str = "point";
 
 /// What came of a case.
@@ -64,7 +64,10 @@ async fn shell(client: &Client, id: &str, line: &str) -> Result<String, Failure>
         ..Command::default()
     };
     let answer = client.exec(id, &command).await?;
-    Ok(answer["stdout"].as_str().unwrap_or_default().to_owned())
+    match answer["stdout"].as_str() {
+        Some(said) if !said.is_empty() || answer["exit_code"] == 0 => Ok(said.to_owned()),
+        _ => Err(failed(format!("`{line}` in {id} came to {answer}"))),
+    }
 }
 
 async fn create(client: &Client) -> Result<String, Failure> {
