@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -229,16 +229,22 @@ impl OwnServer {
     }
 }
 
-/// The same tree under another path, files by their second names: they are immutable.
+/// The same tree under another path, files by their second names: they are immutable. Folders have
+/// the same owners and rights: images are made of some of them.
 fn link_all(from: &Path, to: &Path) -> io::Result<()> {
     fs::create_dir(to)?;
+    let folder = fs::metadata(from)?;
+    chown(to, Some(folder.uid()), Some(folder.gid()))?;
+    fs::set_permissions(to, folder.permissions())?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let (kind, to) = (entry.file_type()?, to.join(entry.file_name()));
         if kind.is_dir() {
             link_all(&entry.path(), &to)?;
         } else if kind.is_symlink() {
+            let link = entry.metadata()?;
             symlink(fs::read_link(entry.path())?, &to)?;
+            lchown(&to, Some(link.uid()), Some(link.gid()))?;
         } else {
             fs::hard_link(entry.path(), &to)?;
         }

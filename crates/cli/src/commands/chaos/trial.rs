@@ -28,7 +28,8 @@ const REST: Duration = Duration::from_secs(30);
 /// A program that goes on for ever, and the file by which a sandbox is known.
 const BUSY: &str = "echo one > /home/user/file; sync; (while true; do sleep 0.2; done) > /dev/null 2>&1 & echo $! > /home/user/pid";
 /// Says what is in that file and whether that program lives.
-const LOOK: &str = "exec 2>&1; cat /home/user/file; kill -0 $(cat /home/user/pid) 2>/dev/null && echo alive";
+const LOOK: &str =
+    "exec 2>&1; cat /home/user/file; kill -0 $(cat /home/user/pid) 2>/dev/null && echo alive";
 const POINT: &str = "point";
 
 /// What came of a case.
