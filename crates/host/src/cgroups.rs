@@ -24,9 +24,9 @@ use std::time::Duration;
 
 use rustix::fs::{Access, access};
 use wrenn_types::Shape;
+use wrenn_vmm::DiskLimits;
 
 pub use self::check::{disk_self_check, self_check};
-pub use self::disk::DiskLimits;
 
 /// Where control groups are mounted.
 const MOUNTED: &str = "/sys/fs/cgroup";
@@ -142,9 +142,13 @@ impl Cgroups {
         disk::device_of(folder, Path::new(disk::DEVICES))
     }
 
-    /// Whether the kernel knows whose a write is that goes through its cache of files, and so
-    /// limits what guests write.
-    pub fn limits_writes(&self) -> bool {
+    /// Whether what machines use of the disk is limited, also what they write.
+    pub fn limits_disk(&self) -> bool {
+        self.disk.is_some() && self.know_writers()
+    }
+
+    /// Whether they know whose a write is that goes through the kernel's cache of files.
+    pub fn know_writers(&self) -> bool {
         matches!(self.layout, Layout::Unified { .. })
     }
 

@@ -7,9 +7,8 @@ use wrenn_net::Limits;
 use wrenn_snapshot::SnapshotId;
 use wrenn_types::{HostId, MemoryMib, ShapeLimits, Vcpus};
 use wrenn_vmm::Accelerator;
+use wrenn_vmm::DiskLimits;
 use wrenn_vmm::probe::Driver;
-
-use crate::cgroups::DiskLimits;
 
 /// Settings of one host agent.
 #[derive(Debug, Clone)]

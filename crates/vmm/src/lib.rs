@@ -61,9 +61,9 @@ pub use firecracker::{
 pub use info::{Accelerator, Fingerprint, Incompatible, KernelFormat, LayerFormat, VmmInfo};
 pub use keeper::Launcher;
 pub use machine::{
-    BootFiles, BootSpec, DiskChain, DiskLayer, ExitCause, ExitReason, IDENTITY_BYTES, LoadSpec,
-    Machine, MachinePids, MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState, SavedState,
-    ServedSpec, Vmm,
+    BootFiles, BootSpec, DiskChain, DiskLayer, DiskLimits, ExitCause, ExitReason, IDENTITY_BYTES,
+    LoadSpec, Machine, MachinePids, MachineSpec, MemoryUse, ProcessId, RestoreSpec, RunState,
+    SavedState, ServedSpec, Vmm,
 };
 pub use memory::{MemoryError, MemoryFile, SavedMemory, SealedMemory};
 pub use page_buffer::PageBuffer;

@@ -157,6 +157,8 @@ pub struct MachineSpec {
     pub boot: BootFiles,
     /// The root disk, `/dev/vda` in the guest.
     pub disk: DiskChain,
+    /// What the monitor lets the guest do with it.
+    pub disk_limits: DiskLimits,
     /// The tap of `eth0`, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`; `None` for a
     /// machine without a network. Firecracker opens taps itself, by name: the driver reads name
     /// and network namespace from this descriptor, closes it (it must be the only one), and runs
@@ -170,6 +172,22 @@ pub struct MachineSpec {
     pub identity: Box<[u8; IDENTITY_BYTES]>,
     /// Descriptors for the keeper's companions (the slot's DNS relay).
     pub companions: Vec<OwnedFd>,
+}
+
+/// What a machine may use of the disk; nothing said: as much as there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskLimits {
+    /// Bytes per second that it may read, and as many that it may write (Firecracker: together).
+    pub bytes_per_sec: Option<u64>,
+    /// Reads per second, and as many writes (Firecracker: together).
+    pub operations_per_sec: Option<u64>,
+}
+
+impl DiskLimits {
+    /// Whether nothing is limited.
+    pub fn is_none(self) -> bool {
+        self == DiskLimits::default()
+    }
 }
 
 impl MachineSpec {

@@ -18,8 +18,8 @@ use common::{
 };
 use gone::{alive, gone};
 use wrenn_vmm::{
-    BootSpec, Delta, DeltaError, DeltaPages, ExitCause, Machine, MemoryFile, RestoreSpec, Run,
-    RunState, SealedMemory, Vmm, VmmError, state_file,
+    BootSpec, Delta, DeltaError, DeltaPages, DiskLimits, ExitCause, Machine, MemoryFile,
+    RestoreSpec, Run, RunState, SealedMemory, Vmm, VmmError, state_file,
 };
 
 fn status_field(pid: u32, name: &str) -> String {
@@ -210,6 +210,35 @@ async fn a_full_host_is_an_error_in_the_guest_and_no_frozen_machine() {
     console_line(&machine, "TICK 5 ").await;
     assert_eq!(*machine.run_state().borrow(), RunState::Running);
     machine.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_guest_does_with_its_disk_is_limited_by_its_monitor() {
+    let parent = tempfile::tempdir().unwrap();
+    let vmm = vmm();
+    let template = Template::make(&vmm, parent.path(), 10_026, None).await;
+    let limited = DiskLimits {
+        bytes_per_sec: Some(8_000_000),
+        operations_per_sec: None,
+    };
+    for (name, disk_limits) in [("free", DiskLimits::default()), ("limited", limited)] {
+        let dir = folder(parent.path(), name);
+        let mut spec = template.clone_spec(&vmm, &dir, 10_027, "eat");
+        spec.machine.disk_limits = disk_limits;
+        let machine = vmm.restore(spec).await.unwrap();
+        let began = Instant::now();
+        machine.resume().await.unwrap();
+        // It writes 16 MiB.
+        let line = console_line(&machine, "ATE ").await;
+        let took = began.elapsed();
+        println!("{name}: {took:?}");
+        assert!(line.contains("ATE 0."), "{line}");
+        assert!(
+            disk_limits.is_none() || took > Duration::from_millis(1800),
+            "{took:?}"
+        );
+        machine.kill().await.unwrap();
+    }
 }
 
 #[tokio::test]

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use tokio::process::{Child, Command};
 
-use super::{Cgroups, DiskLimits, Limits, settings};
+use wrenn_vmm::DiskLimits;
+
+use super::{Cgroups, Limits, settings};
 
 /// Confines a process to a group that it fills, on the host this runs on: real control groups
 /// of whichever version. Prints what was seen; the end-to-end tests run it on the host and, for

@@ -3,33 +3,18 @@
 //!
 //! The kernel limits what reaches the device. In version 2 that is everything, also what it
 //! writes back later from its cache of files. Version 1 knows whose a write is only when it goes
-//! past that cache, and a machine's do not: there, what a guest reads is limited and what it
-//! writes is not.
+//! past that cache, and a machine's do not: there only what a guest reads is limited, and the
+//! monitor has to do it ([`super::Cgroups::limits_disk`]).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::fs::{major, minor};
+use wrenn_vmm::DiskLimits;
 
 /// Where the kernel lists block devices by number.
 pub(super) const DEVICES: &str = "/sys/dev/block";
-
-/// What each machine may use of the disk; nothing said: as much as there is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct DiskLimits {
-    /// Bytes per second that it may read, and as many that it may write.
-    pub bytes_per_sec: Option<u64>,
-    /// Reads per second, and as many writes.
-    pub operations_per_sec: Option<u64>,
-}
-
-impl DiskLimits {
-    /// Whether nothing is limited.
-    pub fn is_none(self) -> bool {
-        self == DiskLimits::default()
-    }
-}
 
 /// The disk below a folder, as a control group's files name it: `254:0`. Of a partition its
 /// whole disk, since only disks can be limited. An error is a sentence for people.

@@ -10,7 +10,7 @@ use wrenn_image::Image;
 use wrenn_net::Slot;
 use wrenn_types::{AccessToken, Shape};
 use wrenn_vmm::{
-    Accelerator, BootFiles, BootSpec, DiskChain, IDENTITY_BYTES, KernelFormat, Machine,
+    Accelerator, BootFiles, BootSpec, DiskChain, DiskLimits, IDENTITY_BYTES, KernelFormat, Machine,
     MachineSpec, MemoryFile, VmmError,
 };
 
@@ -121,6 +121,7 @@ impl Ground {
 
     pub(super) async fn spec(
         &self,
+        site: &Site,
         shape: Shape,
         boot: BootFiles,
         disk: DiskChain,
@@ -134,6 +135,10 @@ impl Ground {
             shape,
             boot,
             disk,
+            disk_limits: match site.cgroups.limits_disk() {
+                true => DiskLimits::default(),
+                false => site.config.disk_limits,
+            },
             tap: Some(self.slot.open_tap().await?),
             mac: GUEST_MAC,
             identity,
@@ -225,7 +230,9 @@ pub async fn boot_for_template(
             top: disk.to_owned(),
         };
         let boot = boot_files(site, image, kernel_command_line(site));
-        let machine = ground.spec(shape, boot, chain, channel).await?;
+        let mut machine = ground.spec(site, shape, boot, chain, channel).await?;
+        // It is nobody's yet.
+        machine.disk_limits = DiskLimits::default();
         let memory = Arc::new(MemoryFile::create(shape.memory.bytes()).map_err(VmmError::from)?);
         let vm = site
             .vmm

@@ -315,7 +315,9 @@ async fn prepare(
     };
     record.write(&ground.folder)?;
     let boot = boot_files(site, &template.image, cmdline);
-    let spec = ground.spec(manifest.shape, boot, disk, channel).await?;
+    let spec = ground
+        .spec(site, manifest.shape, boot, disk, channel)
+        .await?;
     Ok(Prepared {
         spec,
         record,

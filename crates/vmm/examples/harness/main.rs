@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    BootFiles, BootSpec, DiskChain, FirecrackerConfig, FirecrackerVmm, Launcher, MachineSpec,
-    MemoryFile, QemuConfig, QemuVmm, Vmm, keeper, probe,
+    BootFiles, BootSpec, DiskChain, DiskLimits, FirecrackerConfig, FirecrackerVmm, Launcher,
+    MachineSpec, MemoryFile, QemuConfig, QemuVmm, Vmm, keeper, probe,
 };
 
 fn main() -> ExitCode {
@@ -100,6 +100,7 @@ fn firecracker_agent(bed: &Path, dir: &Path) -> Result<(), Box<dyn std::error::E
         tap: None,
         mac: [2, 0xfc, 0, 0, 0, 1],
         identity: Box::new([0; 4096]),
+        disk_limits: DiskLimits::default(),
         companions: Vec::new(),
     };
     boot_and_sleep(&vmm, machine, shape)
@@ -153,6 +154,7 @@ fn agent(
         tap: None,
         mac: [2, 0xfc, 0, 0, 0, 1],
         identity: Box::new([0; 4096]),
+        disk_limits: DiskLimits::default(),
         companions: Vec::new(),
     };
     boot_and_sleep(&vmm, machine, Shape::DEFAULT)

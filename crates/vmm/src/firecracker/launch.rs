@@ -168,6 +168,7 @@ impl FirecrackerVmm {
             is_read_only: false,
             // A running machine does not survive the host; a pause syncs the layer itself.
             cache_type: "Unsafe",
+            rate_limiter: spec.disk_limits.into(),
         };
         let path = format!("/drives/{DRIVE_ID}");
         machine.put("opening the disk", &path, &drive).await?;
@@ -345,6 +346,8 @@ impl FirecrackerVmm {
             }
             tracing::debug!(took = ?began.elapsed(), "state loaded");
             check_shape(&machine, &ground.spec).await?;
+            // Those of the machine that was saved are part of its state.
+            machine.limit_disk(ground.spec.disk_limits).await?;
             if ground.tap.is_some() {
                 // The metadata are not part of a state.
                 tell_identity(&machine, &ground.spec.identity).await?;

@@ -23,7 +23,8 @@ use super::launch::{
     in_jail,
 };
 use super::model::{
-    Action, BalloonPatch, CreateSnapshot, DrivePatch, InstanceInfo, InstanceState, VmState,
+    Action, BalloonPatch, CreateSnapshot, DriveLimits, DrivePatch, InstanceInfo, InstanceState,
+    VmState,
 };
 use crate::delta::{ChangedPages, DeltaError, FIRMWARE_BYTES, SaveTimes, SavedDelta, Source};
 use crate::delta_file::{DELTA_NAME, DeltaFile, SavedPages};
@@ -31,7 +32,7 @@ use crate::machine::{ExitReason, MachinePids, MemoryUse, ProcessId, RunState, Sa
 use crate::memory::MEMORY_NAME;
 use crate::record::Monitor;
 use crate::supervised::Supervised;
-use crate::{LoadSpec, Machine, MemoryFile, SealedMemory, VmmError};
+use crate::{DiskLimits, LoadSpec, Machine, MemoryFile, SealedMemory, VmmError};
 
 /// The longest state accepted; that of a machine with one processor has some 20 KB.
 const MAX_STATE: u64 = 64 << 20;
@@ -451,6 +452,17 @@ impl FirecrackerMachine {
             },
             other => other,
         })
+    }
+
+    /// Limits what the guest reads and writes per second, of its own and apart from what the host
+    /// does with its disk.
+    pub(super) async fn limit_disk(&self, limits: DiskLimits) -> Result<(), VmmError> {
+        let limits = DriveLimits {
+            drive_id: DRIVE_ID,
+            rate_limiter: limits.into(),
+        };
+        let path = format!("/drives/{DRIVE_ID}");
+        self.patch("limiting its disk", &path, &limits).await
     }
 
     /// Has Firecracker open the disk that is in its jail now.

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::DiskLimits;
+
 /// `PUT` and `GET /machine-config`.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct MachineConfig {
@@ -31,6 +33,42 @@ pub(super) struct Drive<'a> {
     pub(super) is_read_only: bool,
     /// `Unsafe` where the guest's flushes need not reach the platter.
     pub(super) cache_type: &'a str,
+    pub(super) rate_limiter: RateLimiter,
+}
+
+/// What a device may do.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct RateLimiter {
+    pub(super) bandwidth: Bucket,
+    pub(super) ops: Bucket,
+}
+
+/// How much of something; one of nothing is no limit.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Bucket {
+    pub(super) size: u64,
+    /// Milliseconds.
+    pub(super) refill_time: u64,
+}
+
+impl From<DiskLimits> for RateLimiter {
+    fn from(limits: DiskLimits) -> RateLimiter {
+        let bucket = |per_second: Option<u64>| Bucket {
+            size: per_second.unwrap_or_default(),
+            refill_time: per_second.map_or(0, |_| 1000),
+        };
+        RateLimiter {
+            bandwidth: bucket(limits.bytes_per_sec),
+            ops: bucket(limits.operations_per_sec),
+        }
+    }
+}
+
+/// `PATCH /drives/{id}`, the other half of it.
+#[derive(Debug, Serialize)]
+pub(super) struct DriveLimits<'a> {
+    pub(super) drive_id: &'a str,
+    pub(super) rate_limiter: RateLimiter,
 }
 
 /// `PATCH /drives/{id}`.

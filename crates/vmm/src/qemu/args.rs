@@ -199,12 +199,15 @@ impl Plan<'_> {
         args.put(
             "-device",
             format!(
-                "virtio-blk-device,drive={},rerror=report,werror=report",
+                "virtio-blk-device,id={DISK_ID},drive={},rerror=report,werror=report",
                 disk_name(top)
             ),
         );
     }
 }
+
+/// What QEMU calls the guest's disk.
+pub(super) const DISK_ID: &str = "disk";
 
 /// Name of a layer's node in QEMU, from 0 for the base.
 pub(super) fn disk_name(level: usize) -> String {

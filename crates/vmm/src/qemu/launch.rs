@@ -89,6 +89,7 @@ impl QemuVmm {
             shape,
             boot,
             disk,
+            disk_limits,
             tap,
             mac,
             identity,
@@ -139,6 +140,9 @@ impl QemuVmm {
         drop(listener);
         let machine = QemuMachine::connect(dir, pids, top, self.patience()).await?;
         tracing::debug!(?started, connected = ?began.elapsed(), "QEMU answers");
+        if !disk_limits.is_none() {
+            machine.limit_disk(disk_limits).await?;
+        }
         Ok(machine)
     }
 }

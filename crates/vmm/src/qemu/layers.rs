@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::args::{Format, disk_name, disk_node};
+use super::args::{DISK_ID, Format, disk_name, disk_node};
 use super::machine::QemuMachine;
 use super::save::{TRANSIENT, understand};
 use crate::machine::RunState;
 use crate::qcow2::virtual_bytes;
-use crate::{Machine, VmmError};
+use crate::{DiskLimits, Machine, VmmError};
 
 /// A node of QEMU's block layer: an image, or the file beneath one.
 #[derive(Debug, Deserialize)]
@@ -31,6 +31,23 @@ struct ImageInfo {
 }
 
 impl QemuMachine {
+    /// Limits what the guest reads and writes per second, of its own and apart from what the host
+    /// does with its disk.
+    pub(super) async fn limit_disk(&self, limits: DiskLimits) -> Result<(), VmmError> {
+        let [bytes, operations] =
+            [limits.bytes_per_sec, limits.operations_per_sec].map(Option::unwrap_or_default);
+        // 0 is no limit.
+        let throttle = json!({
+            "id": DISK_ID,
+            "bps": 0, "bps_rd": bytes, "bps_wr": bytes,
+            "iops": 0, "iops_rd": operations, "iops_wr": operations,
+        });
+        let doing = "limiting its disk";
+        self.command(doing, "block_set_io_throttle", throttle)
+            .await
+            .map(drop)
+    }
+
     /// See [`Machine::switch_disk_layer`].
     pub(super) async fn put_layer(&self, path: &Path) -> Result<(), VmmError> {
         let open = |writable| {

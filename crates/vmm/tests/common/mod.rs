@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    BootFiles, BootSpec, DiskChain, DiskLayer, IDENTITY_BYTES, Launcher, LayerFormat, Machine,
-    MachineSpec, MemoryFile, QemuConfig, QemuVmm, RestoreSpec, SealedMemory, Vmm, create_overlay,
-    probe,
+    BootFiles, BootSpec, DiskChain, DiskLayer, DiskLimits, IDENTITY_BYTES, Launcher, LayerFormat,
+    Machine, MachineSpec, MemoryFile, QemuConfig, QemuVmm, RestoreSpec, SealedMemory, Vmm,
+    create_overlay, probe,
 };
 
 /// In the order in which the kernel needs them.
@@ -307,6 +307,7 @@ pub fn spec(vmm: &QemuVmm, dir: &Path, uid: u32, id: &str, layers: Vec<PathBuf>)
         tap: None,
         mac: [2, 0xfc, 0, 0, 0, 5],
         identity: identity(id),
+        disk_limits: DiskLimits::default(),
         companions: Vec::new(),
     }
 }

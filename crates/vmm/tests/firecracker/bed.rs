@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    BootFiles, BootSpec, CloneWay, DiskChain, DiskLayer, FirecrackerConfig, FirecrackerVmm,
-    IDENTITY_BYTES, Launcher, LayerFormat, Machine, MachinePids, MachineSpec, MemoryFile,
-    RestoreSpec, RunState, SealedMemory, Vmm, probe,
+    BootFiles, BootSpec, CloneWay, DiskChain, DiskLayer, DiskLimits, FirecrackerConfig,
+    FirecrackerVmm, IDENTITY_BYTES, Launcher, LayerFormat, Machine, MachinePids, MachineSpec,
+    MemoryFile, RestoreSpec, RunState, SealedMemory, Vmm, probe,
 };
 
 use crate::guest;
@@ -115,6 +115,7 @@ impl Bed {
             tap: None,
             mac: [2, 0xfc, 0, 0, 0, 5],
             identity: Box::new([0; IDENTITY_BYTES]),
+            disk_limits: DiskLimits::default(),
             companions: Vec::new(),
         }
     }

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wrenn_vmm::{
-    Delta, DeltaError, Machine, PageBuffer, PageRange, RunState, ServedSpec, Vmm, VmmError,
-    state_file,
+    Delta, DeltaError, DiskLimits, Machine, PageBuffer, PageRange, RunState, ServedSpec, Vmm,
+    VmmError, state_file,
 };
 
 use crate::bed::{Bed, SHAPE, Template, View, first_round, raw, rounds_of, settled_round};
@@ -447,7 +447,12 @@ async fn disks_are_layers_and_are_switched_under_a_running_machine() {
     // As if the guest had written something before it was frozen.
     let layer = File::options().write(true).open(&template.layer).unwrap();
     layer.write_all_at(b"template", 8192).unwrap();
-    let spec = template.clone_spec(&bed, "clone", 10_261);
+    let mut spec = template.clone_spec(&bed, "clone", 10_261);
+    // Its guest does not read or write, so this shows that such a limit is taken.
+    spec.machine.disk_limits = DiskLimits {
+        bytes_per_sec: Some(1_000_000),
+        operations_per_sec: Some(100),
+    };
     let dir = spec.machine.dir.clone();
     let machine = bed.vmm.restore(spec).await.unwrap();
     machine.resume().await.unwrap();

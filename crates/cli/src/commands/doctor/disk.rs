@@ -2,20 +2,18 @@
 
 use std::path::Path;
 
-use wrenn_host::cgroups::{Cgroups, DiskLimits};
+use wrenn_host::cgroups::Cgroups;
+use wrenn_vmm::DiskLimits;
 
-/// Which disk is limited and how, for people; or why none can be.
-pub(super) fn describe(
-    groups: &Cgroups,
-    folder: &Path,
-    limits: DiskLimits,
-) -> Result<String, String> {
-    let device = groups.disk_of(folder)?;
-    let of = match groups.limits_writes() {
-        true => "reads and writes",
-        false => "reads only, as control groups v1 do not know whose a write from the cache is",
+/// What limits sandboxes' use of the disk and how, for people.
+pub(super) fn describe(groups: &Cgroups, folder: &Path, limits: DiskLimits) -> String {
+    let by = match groups.disk_of(folder) {
+        Ok(device) if groups.know_writers() => format!("device {device}, by control groups"),
+        Ok(_) => "by the monitor: control groups v1 do not know whose a write from the cache is"
+            .to_owned(),
+        Err(why) => format!("by the monitor: {why}"),
     };
-    Ok(format!("device {device}, {of}; {}", words(limits)))
+    format!("{by}; {}", words(limits))
 }
 
 fn words(limits: DiskLimits) -> String {

@@ -95,7 +95,7 @@ fn examine(context: &Context) -> Result<Diagnosis, Failure> {
     let groups = Cgroups::probe(CONTROL_GROUPS);
     let limits = disk_limits(&up.host);
     let disk_limits = match &existing {
-        Some(folder) => disk::describe(&groups, folder, limits),
+        Some(folder) => Ok(disk::describe(&groups, folder, limits)),
         None => Err(format!("{} is nowhere", data_dir.display())),
     };
     Ok(Diagnosis {

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wrenn_control::HostClient;
-use wrenn_host::cgroups::DiskLimits;
 use wrenn_host::{HostAgent, HostConfig};
 use wrenn_proxy::Dial;
 use wrenn_types::HostId;
 use wrenn_vmm::Accelerator;
+use wrenn_vmm::DiskLimits;
 use wrenn_wire::wrenn::host::v1::GetInfoRequest;
 
 use super::dialer::AgentDialer;
