@@ -13,6 +13,7 @@ mod owner;
 mod paused;
 mod rehearsal;
 mod room;
+mod shown;
 mod transitions;
 
 pub use bond::{Bond, Fate};

@@ -22,14 +22,13 @@ use wrenn_vmm::RunState;
 use super::death::{End, certificate, console_of, cpu_ms, death};
 use super::diff::Diffs;
 use super::handle::{
-    About, Answer, Certificate, Handle, LastCommand, Live, Request, Resume, Resumed, SharedLive,
-    View, set_live,
+    Answer, Certificate, Handle, LastCommand, Request, Resume, Resumed, SharedLive, View, set_live,
 };
 use super::journal::Journal;
 use super::merging::Merging;
 use super::paused::Paused;
 use super::rehearsal::Rehearsal;
-use super::{CreateSandbox, NetworkRules, SandboxError};
+use super::{CreateSandbox, SandboxError};
 use crate::activity::Activity;
 use crate::drain::Drain;
 use crate::events::{Actor, DeathCertificate, EventLog, Kind};
@@ -75,8 +74,8 @@ pub struct Common {
 pub struct Owner {
     pub(super) id: SandboxId,
     pub(super) common: Arc<Common>,
-    view: watch::Sender<View>,
-    live: SharedLive,
+    pub(super) view: watch::Sender<View>,
+    pub(super) live: SharedLive,
     pub(super) activity: Arc<Activity>,
     metrics: Arc<Series>,
     last_command: Arc<LastCommand>,
@@ -204,57 +203,6 @@ impl Owner {
     pub async fn adopt_paused(self, paused: Paused) {
         self.show_paused(&paused);
         self.own(Body::Paused(Box::new(paused))).await;
-    }
-
-    pub(super) fn publish(
-        &self,
-        machine: &LiveMachine,
-        journal: &Journal,
-        certificate: Certificate,
-    ) {
-        let about = About::running(&machine.record, journal);
-        set_live(&self.live, Some(Live::of(machine, certificate)));
-        self.view.send_modify(|view| {
-            view.about = Some(Arc::new(about));
-            view.lifetime = journal.lifetime;
-        });
-    }
-
-    pub(super) fn set(&self, state: SandboxState, reason: Option<String>) {
-        self.view.send_modify(|view| {
-            view.state = state;
-            view.reason = reason;
-        });
-    }
-
-    /// Writes down what happened.
-    pub(super) fn happened(&self, kind: Kind, actor: Actor, reason: Option<String>) {
-        let (event, by, why) = (kind.word(), actor.word(), reason.as_deref());
-        match kind {
-            Kind::Started | Kind::Saved => tracing::info!(sandbox = %self.id, by, "{event}"),
-            Kind::PauseFailed => {
-                tracing::warn!(sandbox = %self.id, by, why, "could not be paused; it runs on");
-            }
-            // The others have a line of their own where they are done.
-            _ => {}
-        }
-        self.common.events.add(self.id, kind, actor, reason, None);
-    }
-
-    pub(super) fn show_network(&self, rules: &NetworkRules) {
-        self.view.send_modify(|view| {
-            if let Some(about) = &mut view.about {
-                Arc::make_mut(about).network.clone_from(rules);
-            }
-        });
-    }
-
-    fn show_paused(&self, paused: &Paused) {
-        self.view.send_modify(|view| {
-            view.state = SandboxState::Paused;
-            view.reason.clone_from(&paused.reason);
-            view.about = Some(Arc::new(paused.about()));
-        });
     }
 
     /// Serves requests until the sandbox ends.
@@ -477,20 +425,6 @@ impl Owner {
                 None => return Next::Break(()),
             }
         }
-    }
-
-    fn certificate(&self) -> Certificate {
-        let live = self.live.read().unwrap_or_else(|e| e.into_inner());
-        live.as_ref().map_or_else(
-            || Certificate {
-                generation: 0,
-                restored: Restored::default(),
-                phases: Phases::default(),
-                booted: false,
-                rolled_back: false,
-            },
-            |live| live.certificate.clone(),
-        )
     }
 
     async fn end(
