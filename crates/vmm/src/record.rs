@@ -99,6 +99,10 @@ impl Record {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed(error)),
         };
+        if bytes.is_empty() {
+            // Its host lost power before that was on the disk: no machine of it lives.
+            return Ok(None);
+        }
         let record: Record =
             serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))?;
         if record.version != VERSION {
@@ -180,6 +184,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Record::read(dir.path()).unwrap(), None);
         assert_eq!(driver_in(dir.path()).unwrap(), None);
+        fs::write(dir.path().join(RECORD), "").unwrap();
+        assert_eq!(
+            Record::read(dir.path()).unwrap(),
+            None,
+            "lost with the power"
+        );
         let id = |pid| ProcessId { pid, start_time: 9 };
         let record = Record::new(
             "boot".into(),

@@ -113,10 +113,24 @@ pub fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> io::Resu
     written
 }
 
-/// Reads `folder/name`; `None` when there is no such file. Damage is an error that names it.
+/// Has all that [`write_json`] wrote into a folder outlast a loss of power.
+pub fn sync_json(folder: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|end| end == "json") {
+            std::fs::File::open(path)?.sync_all()?;
+        }
+    }
+    std::fs::File::open(folder)?.sync_all()
+}
+
+/// Reads `folder/name`; `None` when there is no such file, or nothing of it reached the disk
+/// before its host lost power ([`write_json`] never writes nothing). Damage is an error that names
+/// it.
 pub fn read_json<T: DeserializeOwned>(folder: &Path, name: &str) -> io::Result<Option<T>> {
     let path = folder.join(name);
     match std::fs::read(&path) {
+        Ok(text) if text.is_empty() => Ok(None),
         Ok(text) => serde_json::from_slice(&text)
             .map(Some)
             .map_err(|e| io::Error::other(format!("{} is damaged: {e}", path.display()))),
@@ -151,6 +165,12 @@ mod tests {
             [".hidden.json", ".other.new", "whole.json", "x.json.new"]
         );
         assert_eq!(read_json::<i32>(dir.path(), "whole.json").unwrap(), Some(1));
+        sync_json(dir.path()).unwrap();
+        // What ext4 leaves of a file that was renamed and not synced when the power went.
+        std::fs::write(dir.path().join("whole.json"), "").unwrap();
+        assert_eq!(read_json::<i32>(dir.path(), "whole.json").unwrap(), None);
+        std::fs::write(dir.path().join("whole.json"), "{").unwrap();
+        assert!(read_json::<i32>(dir.path(), "whole.json").is_err());
         assert!(sweep_unfinished(&dir.path().join("gone")).is_err());
     }
 }

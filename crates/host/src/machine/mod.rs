@@ -11,7 +11,9 @@ mod sweep;
 pub use bringup::{
     BootedMachine, boot_for_template, disk_bytes, kernel_command_line, new_restore_id,
 };
-pub use files::{read_json, remove_folder, sweep_unfinished, unfinished, vm_folder, write_json};
+pub use files::{
+    read_json, remove_folder, sweep_unfinished, sync_json, unfinished, vm_folder, write_json,
+};
 pub use page_server::{failure as memory_failure, serve as serve_pages};
 pub use phases::{Phases, crash_by, reached};
 pub use restore::{BOOT_PATIENCE, FIRST_LAYER, Origin, Standby, restore};

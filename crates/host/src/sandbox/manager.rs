@@ -256,6 +256,15 @@ impl Manager {
                 machine.give_back(site).await;
                 Ok(Adopted::default())
             }
+            (None, Some(journal)) if !twin && journal.handed && record_in(&folder).is_none() => {
+                // Its disk is there, and what it lies on is not known: nothing is thrown away.
+                let source = std::io::Error::other("its record is missing or empty");
+                Err(MachineError::File {
+                    action: "take over the dead machine in",
+                    path: folder,
+                    source,
+                })
+            }
             (None, journal) => {
                 let pin = match journal.filter(|journal| !twin && journal.handed) {
                     Some(journal) => self.found_dead(&folder, &journal).await,

@@ -1,6 +1,7 @@
 //! What an owner does to get from one body to another. Each either succeeds or leaves things
 //! as they were.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,7 +17,9 @@ use super::{CreateSandbox, SandboxError, network};
 use crate::capacity;
 use crate::guest::{Identity, Restored};
 use crate::lifetime::Lifetime;
-use crate::machine::{LiveMachine, MachineError, Origin, Phases, new_restore_id, restore};
+use crate::machine::{
+    LiveMachine, MachineError, Origin, Phases, new_restore_id, restore, sync_json,
+};
 use crate::snapshots::{LABEL_SANDBOX, Saver, Scope, Then, thaw};
 
 /// A sandbox with an absolute end that is resumed after it, and not told a new one, lives for
@@ -212,6 +215,11 @@ impl Owner {
         journal.handed = true;
         if keep {
             journal.keep(&machine.folder)?;
+            // What it comes from may be forgotten after this.
+            let (folder, id) = (machine.folder.clone(), self.id);
+            let synced = tokio::task::spawn_blocking(move || sync_json(&folder));
+            let synced = synced.await.unwrap_or_else(|e| Err(io::Error::other(e)));
+            synced.map_err(|source| SandboxError::Journal { id, source })?;
         }
         phases.note("init", &mut clock);
         Ok(Certificate {
