@@ -68,7 +68,9 @@ impl Limits {
     pub fn of(shape: Shape) -> Limits {
         Limits {
             cpu_percent: u64::from(shape.vcpus.0) * 100 + MONITOR_PERCENT,
-            memory: shape.memory.bytes() + MONITOR_BYTES,
+            // A page that the guest writes to and the template has a hole at is filled there as
+            // well, for all that come after; both are counted as the first one's.
+            memory: 2 * shape.memory.bytes() + MONITOR_BYTES,
             tasks: TASKS,
         }
     }
@@ -385,7 +387,7 @@ mod tests {
     fn g38_limits_follow_the_shape() {
         let limits = Limits::of(Shape::DEFAULT);
         assert_eq!(limits.cpu_percent, 150);
-        assert_eq!(limits.memory, 1 << 30);
+        assert_eq!(limits.memory, (1 << 30) + (512 << 20));
         let v2 = settings("", limits);
         assert_eq!(v2[0], ("cpu.max", "150000 100000".to_owned()));
     }

@@ -137,7 +137,13 @@ fn unit(kind: Kind, context: &Context) -> Result<String, Failure> {
     if let Some(config) = &context.settings.config {
         command = format!("{command} --config {}", word(config)?);
     }
-    Ok(text(kind, &format!("{command} {}", kind.command())))
+    // Only commands have variables.
+    let mounts = word(data_dir)?.replace("$$", "$");
+    Ok(text(
+        kind,
+        &format!("{command} {}", kind.command()),
+        &mounts,
+    ))
 }
 
 /// A path as a word of a command line in a unit, see systemd.service(5).
@@ -158,7 +164,7 @@ fn word(path: &Path) -> Result<String, Failure> {
     })
 }
 
-fn text(kind: Kind, command: &str) -> String {
+fn text(kind: Kind, command: &str, data_dir: &str) -> String {
     let description = kind.description();
     let after = match kind {
         // Where both are on one machine; nothing where there is only one.
@@ -174,6 +180,7 @@ fn text(kind: Kind, command: &str) -> String {
 Description={description}
 Wants=network-online.target
 After={after}
+RequiresMountsFor={data_dir}
 
 [Service]
 Type=exec
@@ -223,7 +230,7 @@ mod tests {
     #[test]
     fn machines_outlive_the_unit() {
         for kind in [Kind::Server, Kind::HostAgent] {
-            let text = text(kind, "/usr/bin/wrenn x");
+            let text = text(kind, "/usr/bin/wrenn x", "/var/lib/wrenn");
             for line in ["KillMode=process", "Delegate=yes", "OOMPolicy=continue"] {
                 assert!(text.lines().any(|have| have == line), "{line}");
             }

@@ -7,7 +7,7 @@ mod remote;
 mod stop;
 
 use std::fs::{File, TryLockError};
-use std::io;
+use std::io::{self, IsTerminal};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -242,13 +242,15 @@ fn welcome(
     }
     printer.heading("wrenn is up");
     printer.line(format!("  API      {url}"));
+    // What is written where nobody looks, such as systemd's journal, others may read.
+    let looked_at = io::stdout().is_terminal();
     match key {
-        Ok(key) => printer.line(format!(
+        Ok(key) if looked_at => printer.line(format!(
             "  API key  {}   ({})",
             key.trim(),
             key_file.display()
         )),
-        Err(_) => printer.line(format!("  API key  in {}", key_file.display())),
+        _ => printer.line(format!("  API key  in {}", key_file.display())),
     }
     printer.line(format!("  docs     {url}/docs"));
     printer.line(format!(

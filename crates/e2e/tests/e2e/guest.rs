@@ -309,3 +309,13 @@ pub(crate) async fn a_full_disk_is_an_error_and_no_frozen_machine(server: &Serve
     assert_eq!(api.shell(&id, line).await, "alive\nx\n");
     api.destroy(&id).await;
 }
+
+/// All the memory that a guest has is its own to use, the first time something does so too, when
+/// the kernel counts what the template's memory grows by as that machine's.
+pub(crate) async fn a_guest_can_use_its_memory(server: &Server) {
+    let api = server.api();
+    let id = api.create(&json!({ "memory_mb": 1024 })).await;
+    let line = "python3 -c 'print(len(bytes([1]) * (800 << 20)))'";
+    assert_eq!(api.shell(&id, line).await, format!("{}\n", 800 << 20));
+    api.destroy(&id).await;
+}

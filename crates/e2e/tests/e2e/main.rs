@@ -77,7 +77,8 @@ fn shared() -> Vec<(&'static str, Shared)> {
             g24_the_clock_is_right_however_long_a_machine_waited, programs_find_who_and_where_they_are,
             g33_the_hosts_routes_are_closed_from_inside,
             g25_a_freeze_stops_users_programs_and_a_thaw_lets_them_go_on,
-            g34_a_crash_of_the_agent_ends_no_program, a_full_disk_is_an_error_and_no_frozen_machine;
+            g34_a_crash_of_the_agent_ends_no_program, a_full_disk_is_an_error_and_no_frozen_machine,
+            a_guest_can_use_its_memory;
         snapshots: g12_g13_a_working_guest_goes_on_through_pauses,
             g23_forks_share_their_past_and_nothing_else, a_monitor_stands_by_for_what_was_saved,
             a_sandbox_goes_back_to_its_checkpoint,

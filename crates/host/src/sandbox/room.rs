@@ -11,6 +11,8 @@ use crate::capacity;
 
 /// A sandbox that was not used for so long does not miss its memory at once.
 const IDLE_FOR: Duration = Duration::from_secs(60);
+/// A request that has not gained so many bytes is not made again of the same sandbox.
+const WORTH_WHILE: u64 = 1 << 20;
 
 impl Manager {
     /// Asks idle sandboxes, the longest idle first, for as much memory as one of this shape lacks
@@ -24,27 +26,38 @@ impl Manager {
             return;
         }
         for group in self.idle_groups() {
-            let bytes = lacking();
-            if bytes == 0 {
-                return;
+            let mut bytes = lacking();
+            while bytes > 0 {
+                if !self.ask_back(&group, bytes).await {
+                    break;
+                }
+                // Part of what the kernel took may have counted as available before: it is asked
+                // again as long as that helps.
+                let still = lacking();
+                if still.saturating_add(WORTH_WHILE) > bytes {
+                    break;
+                }
+                bytes = still;
             }
-            let cgroups = site.cgroups.clone();
-            let work = move || {
-                let asked = cgroups.reclaim(&group, bytes);
-                (group, asked)
-            };
-            match tokio::task::spawn_blocking(work).await {
-                Ok((group, Ok(()))) => {
-                    tracing::info!(
-                        machine = group,
-                        bytes,
-                        "memory of an idle sandbox asked back"
-                    );
-                }
-                Ok((group, Err(error))) => {
-                    tracing::warn!(machine = group, %error, "memory of an idle sandbox stays");
-                }
-                Err(error) => tracing::warn!(%error, "asking memory back was cut short"),
+        }
+    }
+
+    /// Asks a machine for so many bytes. Whether that could be done.
+    async fn ask_back(&self, machine: &str, bytes: u64) -> bool {
+        let (cgroups, group) = (self.common.site.cgroups.clone(), machine.to_owned());
+        let asked = tokio::task::spawn_blocking(move || cgroups.reclaim(&group, bytes));
+        match asked.await {
+            Ok(Ok(())) => {
+                tracing::info!(machine, bytes, "memory of an idle sandbox asked back");
+                true
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(machine, %error, "memory of an idle sandbox stays");
+                false
+            }
+            Err(error) => {
+                tracing::warn!(%error, "asking memory back was cut short");
+                false
             }
         }
     }

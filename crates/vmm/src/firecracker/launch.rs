@@ -427,7 +427,7 @@ impl FirecrackerVmm {
                 "--log-path".into(),
                 in_jail(2).into(),
                 "--level".into(),
-                "Warning".into(),
+                "Error".into(),
             ],
             uid: ground.spec.uid,
             gid: ground.spec.gid,

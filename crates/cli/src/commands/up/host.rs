@@ -134,9 +134,9 @@ pub(crate) async fn start_agent(
         .map_err(|e| Failure::from_error(&e))
 }
 
-/// Boots and freezes the template that sandboxes start from, unless that was done before.
+/// Loads the template that sandboxes start from, which is booted and frozen the first time.
 pub(crate) async fn prepare(agent: &HostAgent, printer: &Printer) -> Result<(), Failure> {
-    let what = "booting and freezing the template (once)";
+    let what = "preparing the template (the first time it is booted and frozen)";
     with_spinner(printer, what, agent.prepare())
         .await
         .map_err(|e| Failure::from_error(&e))
