@@ -169,7 +169,11 @@ async fn log(request: Request, next: axum::middleware::Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let response = next.run(request).await;
     let (status, ms) = (response.status(), begun.elapsed().as_millis());
-    if status >= StatusCode::INTERNAL_SERVER_ERROR && status != StatusCode::NOT_IMPLEMENTED {
+    // That it is not ready is what was asked for.
+    let failed = status >= StatusCode::INTERNAL_SERVER_ERROR
+        && status != StatusCode::NOT_IMPLEMENTED
+        && path != "/ready";
+    if failed {
         tracing::warn!(%method, path, status = status.as_u16(), ms, "request");
     } else {
         tracing::debug!(%method, path, status = status.as_u16(), ms, "request");
