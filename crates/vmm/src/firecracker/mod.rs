@@ -7,7 +7,9 @@
 //! ```text
 //! machine's folder                        jail
 //!   machine.json, console.log, exit.json
-//!   jail/disk.img ───────────────────────▶ /disk.img     second name of the top layer
+//!   jail/disk.img ───────────────────────▶ /disk.img     second name of the top layer; or a link
+//!                                                        to /dev/dm-N, the layer's name then is
+//!                                                        jail/disk.layer (see `drives`)
 //!   jail/run/api.sock ───────────────────▶ /run/api.sock
 //!   the program ─────────────────────────▶ /firecracker
 //!   the page server's socket ────────────▶ /pages.sock

@@ -101,13 +101,13 @@ pub(super) fn advise(report: &HostReport, missing: &[MissingPackage], runs: bool
         });
     }
     let firecracker = report.firecracker.is_some() && report.kvm.usable;
-    for feature in report.features.iter().filter(|_| firecracker) {
-        if feature.available == Measured::No && feature.name == "reflink" {
-            advise(
-                "to save Firecracker's disks fastest",
-                "put the data folder on btrfs or XFS (--data-dir)".to_owned(),
-            );
-        }
+    let mut features = report.features.iter();
+    let no_reflink = features.any(|f| f.name == "reflink" && f.available == Measured::No);
+    if firecracker && no_reflink {
+        advise(
+            "to save Firecracker's disks fastest",
+            "put the data folder on btrfs or XFS (--data-dir)".to_owned(),
+        );
     }
     all
 }
