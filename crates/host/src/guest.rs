@@ -1,7 +1,9 @@
 //! The host's side of the guest agent: its restore hook, its processes and its files,
 //! over connections opened inside the sandbox's network slot.
 
+mod farewell;
 mod inventory;
+mod stamped;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -27,6 +29,8 @@ use wrenn_net::GuestDialer;
 use wrenn_types::AccessToken;
 use wrenn_wire::process::ProcessClient;
 
+use self::stamped::Stamped;
+pub use farewell::Farewell;
 pub use inventory::{
     FileKind, GuestFile, GuestPath, GuestPort, GuestProcess, Inventory, lists_nothing,
 };
@@ -200,6 +204,7 @@ const RESTORED_HEADER: &str = "x-wrenn-restored";
 #[derive(Clone)]
 pub struct Guest {
     http: Http,
+    dialer: GuestDialer,
     token: Arc<RwLock<Option<AccessToken>>>,
 }
 
@@ -210,9 +215,10 @@ impl Guest {
         // closes them while nobody asks.
         let http = Client::builder(TokioExecutor::new())
             .pool_max_idle_per_host(1)
-            .build(SlotConnector(dialer));
+            .build(SlotConnector(dialer.clone()));
         Guest {
             http,
+            dialer,
             token: Arc::default(),
         }
     }
@@ -280,13 +286,17 @@ impl Guest {
         body["entropy"] = base64::engine::general_purpose::STANDARD
             .encode(entropy)
             .into();
-        body["timestamp"] = unix_nanos().into();
+        // The time is that when the body is sent: on a busy host a connection may take a while.
+        let stamp = move || {
+            body["timestamp"] = unix_nanos().into();
+            Bytes::from(body.to_string())
+        };
         let request = Request::builder()
             .method(Method::POST)
             .uri(format!("http://guest:{ENVD_PORT}/init"))
             .header("content-type", "application/json")
             .header("x-access-token", host_token.reveal())
-            .body(full(body.to_string()))
+            .body(Stamped::new(stamp).boxed())
             .map_err(|e| broken(e.to_string()))?;
         let answer = self.send(WHAT, request).await?;
         match answer.headers().get(RESTORED_HEADER) {
@@ -297,16 +307,16 @@ impl Guest {
     }
 
     /// Quiesces the guest for a freeze: its own connections idle, the users' processes
-    /// frozen, file systems synced.
-    pub async fn prepare_snapshot(&self) -> Result<(), GuestError> {
+    /// frozen, file systems synced. Hold on to what is returned until the machine stands.
+    pub async fn prepare_snapshot(&self) -> Result<Farewell, GuestError> {
         const WHAT: &str = "to be quiet for a snapshot (/snapshot/prepare)";
-        self.host_call(WHAT, "/snapshot/prepare").await
+        self.last_call(WHAT, "/snapshot/prepare").await
     }
 
     /// Goes through what quiescing costs, without its effects.
     pub async fn rehearse_snapshot(&self) -> Result<(), GuestError> {
         const WHAT: &str = "to rehearse a snapshot (/snapshot/rehearse)";
-        self.host_call(WHAT, "/snapshot/rehearse").await
+        self.last_call(WHAT, "/snapshot/rehearse").await.map(drop)
     }
 
     /// Has a quiesced guest go on, when there was no freeze or its machine lives on. One that
@@ -332,21 +342,34 @@ impl Guest {
 
     /// A call without content of one of the host's own routes.
     async fn host_call(&self, what: &'static str, path: &str) -> Result<(), GuestError> {
-        let request = self
-            .request(Method::POST, path)
-            .body(full(""))
-            .map_err(|e| GuestError::Broken {
-                what,
-                cause: e.to_string(),
-            })?;
-        match tokio::time::timeout(CALL_TIMEOUT, self.send(what, request)).await {
-            Ok(answer) => answer.map(drop),
-            Err(_) => Err(GuestError::Unreachable {
-                what,
-                waited: CALL_TIMEOUT,
-                last: "no answer".to_owned(),
-            }),
-        }
+        let request = self.request(Method::POST, path).body(full(""));
+        let request = request.map_err(|e| GuestError::Broken {
+            what,
+            cause: e.to_string(),
+        })?;
+        let answer = async { self.send(what, request).await.map(drop) };
+        in_time(what, answer).await
+    }
+
+    /// The same over a connection of its own, whose end in the guest is closed afterwards.
+    async fn last_call(&self, what: &'static str, path: &str) -> Result<Farewell, GuestError> {
+        let request = self.request(Method::POST, path).body(full(""));
+        let request = request.map_err(|e| GuestError::Broken {
+            what,
+            cause: e.to_string(),
+        })?;
+        in_time(what, async {
+            let (answer, farewell) =
+                Farewell::call(&self.dialer, request)
+                    .await
+                    .map_err(|e| GuestError::Broken {
+                        what,
+                        cause: chain(&*e),
+                    })?;
+            accepted(what, answer).await?;
+            Ok(farewell.seen_off().await)
+        })
+        .await
     }
 
     /// The guest's processes.
@@ -410,22 +433,44 @@ impl Guest {
             cause: chain(e),
         };
         let response = self.http.request(request).await.map_err(|e| broken(&e))?;
-        let status = response.status();
-        if status.is_success() {
-            return Ok(response);
-        }
-        // An error's body is small; whoever sends more is cut off.
-        let body = http_body_util::Limited::new(response.into_body(), 64 << 10);
-        let text = body.collect().await.map_or_else(
-            |e| format!("(its message could not be read: {e})"),
-            |body| message_of(&body.to_bytes()),
-        );
-        Err(GuestError::Refused {
-            what,
-            status,
-            message: text,
-        })
+        accepted(what, response).await
     }
+}
+
+async fn in_time<T>(
+    what: &'static str,
+    answer: impl Future<Output = Result<T, GuestError>>,
+) -> Result<T, GuestError> {
+    let answer = tokio::time::timeout(CALL_TIMEOUT, answer).await;
+    answer.unwrap_or_else(|_| {
+        Err(GuestError::Unreachable {
+            what,
+            waited: CALL_TIMEOUT,
+            last: "no answer".to_owned(),
+        })
+    })
+}
+
+/// The answer, if it is no failure.
+async fn accepted(
+    what: &'static str,
+    response: Response<Incoming>,
+) -> Result<Response<Incoming>, GuestError> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    // An error's body is small; whoever sends more is cut off.
+    let body = http_body_util::Limited::new(response.into_body(), 64 << 10);
+    let text = body.collect().await.map_or_else(
+        |e| format!("(its message could not be read: {e})"),
+        |body| message_of(&body.to_bytes()),
+    );
+    Err(GuestError::Refused {
+        what,
+        status,
+        message: text,
+    })
 }
 
 /// Call options that name a user of the guest, as E2B's clients do.

@@ -121,6 +121,23 @@ pub fn raise_open_files() -> io::Result<Rlimit> {
     Ok(OPEN_FILES)
 }
 
+/// From now on this process takes no processor from another when it wakes (`SCHED_BATCH`, see
+/// sched(7)). The agent tells it something in the middle of serving a request, and on one
+/// processor the answer would wait until that is read. Programs started by [`spawn`] are not
+/// held back.
+pub fn stand_back() -> io::Result<()> {
+    schedule(libc::SCHED_BATCH)
+}
+
+fn schedule(policy: libc::c_int) -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: reads a structure that lives through the call.
+    match unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Starts a program in a session of its own with no signal blocked: the mask is inherited
 /// over exec, and a program that never gets SIGTERM or SIGCHLD would misbehave. `inherited`
 /// stays open in it under its number.
@@ -140,6 +157,7 @@ pub fn spawn(
     unsafe {
         command.pre_exec(move || {
             rustix::process::setsid()?;
+            schedule(libc::SCHED_OTHER)?;
             if let Some(limit) = open_files {
                 rustix::process::setrlimit(Resource::Nofile, limit)?;
             }
@@ -153,4 +171,29 @@ pub fn spawn(
         })
     };
     command.spawn()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_started_by_one_that_stands_back_does_not() {
+        let policy = |pid: u32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            let after_name = stat.rsplit(')').next().unwrap().to_owned();
+            // The 41st field of proc_pid_stat(5); the third is the first after the name.
+            after_name.split_whitespace().nth(41 - 3).unwrap().parse()
+        };
+        // In a thread of its own, for its policy stays.
+        let started = std::thread::spawn(|| {
+            stand_back().unwrap();
+            spawn(Command::new("sleep").arg("60"), None, None).unwrap()
+        });
+        let mut child = started.join().unwrap();
+        let found = policy(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found, Ok(libc::SCHED_OTHER));
+    }
 }

@@ -178,6 +178,9 @@ pub fn run() {
     if let Err(error) = rustix::system::reboot(RebootCommand::CadOff) {
         log(format_args!("cannot take over Ctrl-Alt-Del: {error}"));
     }
+    if let Err(error) = signals::stand_back() {
+        log(format_args!("cannot give way to the agent: {error}"));
+    }
     let open_files = signals::raise_open_files()
         .inspect_err(|error| {
             log(format_args!(

@@ -42,6 +42,8 @@ pub const ENVD_VERSION: &str = "0.6.13";
 pub const WRENN_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The largest body of a host route.
 const MAX_BODY: usize = 1 << 20;
+/// The route of a rehearsal.
+const REHEARSE: &str = "/snapshot/rehearse";
 
 /// See the module.
 #[derive(Debug)]
@@ -182,15 +184,14 @@ async fn init(
     }
 }
 
+/// Both for a freeze and for its rehearsal; see [`Host::prepare`].
 async fn prepare(
     Extract(host): Extract<Arc<Host>>,
     axum::extract::Query(query): axum::extract::Query<snapshot::Query>,
+    uri: http::Uri,
 ) -> Response {
-    finish(tokio::spawn(async move { host.prepare(&query).await }).await)
-}
-
-async fn rehearse(Extract(host): Extract<Arc<Host>>) -> Response {
-    finish(tokio::spawn(async move { host.rehearse().await }).await)
+    let rehearsal = uri.path() == REHEARSE;
+    finish(tokio::spawn(async move { host.prepare(&query, rehearsal).await }).await)
 }
 
 async fn undo(Extract(host): Extract<Arc<Host>>) -> Response {
@@ -222,7 +223,7 @@ pub fn router(host: Arc<Host>) -> axum::Router {
         .route("/init", post(init))
         .route("/snapshot/prepare", post(prepare))
         .route("/snapshot/undo", post(undo))
-        .route("/snapshot/rehearse", post(rehearse))
+        .route(REHEARSE, post(prepare))
         .route("/snapshot/inventory", post(inventory::inventory))
         .route("/snapshot/digests", post(inventory::digests))
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY))

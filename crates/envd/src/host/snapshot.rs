@@ -53,13 +53,24 @@ pub(super) enum SnapshotError {
 
 impl Host {
     /// Quiesces the guest. Again while it is quiesced is harmless.
-    pub(super) async fn prepare(self: &Arc<Self>, query: &Query) -> Result<(), SnapshotError> {
+    ///
+    /// A rehearsal does what costs a prepare most and changes nothing: file systems are written
+    /// and unused heap is given back. A monitor that emulates translates that code now, and not
+    /// while somebody waits for a freeze; so it is one and the same code.
+    pub(super) async fn prepare(
+        self: &Arc<Self>,
+        query: &Query,
+        rehearsal: bool,
+    ) -> Result<(), SnapshotError> {
         let mut life = self.life.lock().await;
         if life.freeze.is_some() {
             return Ok(());
         }
         // First, for it may be half done when we crash.
-        self.remember(&life, true);
+        self.remember(&life, !rehearsal);
+        if rehearsal {
+            return self.write_back(false).await;
+        }
         match self.quiesce(query).await {
             Ok(freeze) => {
                 life.freeze = Some(freeze);
@@ -84,18 +95,6 @@ impl Host {
         Ok(())
     }
 
-    /// Does what costs a prepare most and changes nothing: file systems are written and unused
-    /// heap is given back. A monitor that emulates translates that code now, and not while
-    /// somebody waits for a freeze.
-    pub(super) async fn rehearse(&self) -> Result<(), SnapshotError> {
-        let life = self.life.lock().await;
-        if life.freeze.is_none() {
-            self.write_back().await?;
-            self.remember(&life, false);
-        }
-        Ok(())
-    }
-
     async fn go_on(&self) -> Result<(), SnapshotError> {
         self.connections.undo();
         self.ports.start().await;
@@ -111,9 +110,7 @@ impl Host {
         let gate = timeout(GATE_LIMIT, self.state.close_gate())
             .await
             .map_err(|_| SnapshotError::Busy)?;
-        let state = Arc::clone(&self.state);
-        tokio::task::spawn_blocking(move || state.cgroups.freeze()).await??;
-        self.write_back().await?;
+        self.write_back(true).await?;
         if query.drop_caches && self.state.settings.in_vm {
             tokio::task::spawn_blocking(|| std::fs::write("/proc/sys/vm/drop_caches", "3"))
                 .await?
@@ -122,13 +119,24 @@ impl Host {
         Ok(Freeze::new(gate))
     }
 
-    /// Everything on disk, and no memory held that is not used.
-    async fn write_back(&self) -> Result<(), SnapshotError> {
-        if self.state.settings.in_vm {
-            timeout(SYNC_LIMIT, tokio::task::spawn_blocking(rustix::fs::sync))
-                .await
-                .map_err(|_| SnapshotError::Sync)??;
-        }
+    /// Everything on disk, and no memory held that is not used; before that users' programs are
+    /// frozen, if they shall be.
+    async fn write_back(&self, freeze: bool) -> Result<(), SnapshotError> {
+        let (state, in_vm) = (Arc::clone(&self.state), self.state.settings.in_vm);
+        // In one go: the second of two such tasks may be given a new thread although the first
+        // thread takes it on, and the new one would begin its life after the restore, in
+        // somebody's way.
+        let work = tokio::task::spawn_blocking(move || {
+            if freeze {
+                state.cgroups.freeze()?;
+            }
+            if in_vm {
+                rustix::fs::sync();
+            }
+            Ok::<(), CgroupError>(())
+        });
+        let done = timeout(SYNC_LIMIT, work).await;
+        done.map_err(|_| SnapshotError::Sync)???;
         crate::sys::trim_heap();
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! From a request to a running program.
 //!
-//! Environment, later ones win: our `PATH`; `HOME`, `USER`, `LOGNAME`; the sandbox's
+//! Environment, later ones win: our `PATH`; `HOME`, `USER`, `LOGNAME`, `SHELL`; the sandbox's
 //! variables; the request's. Working directory: the request's, else the sandbox's default,
 //! else the user's home; `~` is the home, and what is relative starts there.
 
@@ -421,6 +421,8 @@ fn environment(
     envs.insert("HOME".into(), user.home.clone().into_os_string());
     envs.insert("USER".into(), user.name.clone().into());
     envs.insert("LOGNAME".into(), user.name.clone().into());
+    // As login(1) sets it. Where it is missing bash looks its user up, through all of NSS.
+    envs.insert("SHELL".into(), user.shell.clone().into_os_string());
     for (name, value) in sandbox.iter().chain(request) {
         if name.is_empty() || name.contains('=') {
             return Err(StartError::VariableName(name.clone()));
@@ -521,8 +523,8 @@ mod tests {
         .unwrap();
         let get = |name: &str| envs.get(OsStr::new(name)).and_then(|v| v.to_str()).unwrap();
         assert_eq!(
-            (get("A"), get("B"), get("HOME"), get("USER")),
-            ("1", "2", "/h", "user")
+            (get("A"), get("B"), get("HOME"), get("USER"), get("SHELL")),
+            ("1", "2", "/h", "user", "/bin/bash")
         );
         for name in ["", "A=B"] {
             assert!(environment(&user(), &map(&[]), &map(&[(name, "")])).is_err());

@@ -34,7 +34,14 @@ impl QemuVmm {
             initramfs: None,
         };
         let mapped = memory.share().map_err(shared)?;
-        self.start(spec, Start::Saved, mapped, kernel).await
+        let machine = self.start(spec, Start::Saved, mapped, kernel).await?;
+        match machine.await_state().await {
+            Ok(()) => Ok(machine),
+            Err(error) => {
+                end(&machine).await;
+                Err(error)
+            }
+        }
     }
 
     /// Starts QEMU on a private mapping of the memory, brings in what was changed of it, and
@@ -57,18 +64,36 @@ impl QemuVmm {
             delta,
         });
         if let Err(error) = loaded.await {
-            // What is reported is why it could not be loaded; a machine that also does not
-            // die is found by its record.
-            if let Err(error) = crate::Machine::kill(&machine).await {
-                tracing::warn!(%error, "a machine that could not be loaded was not ended");
-            }
+            end(&machine).await;
             return Err(error);
         }
         Ok(machine)
     }
 }
 
+/// Ends a machine that could not be loaded. What is reported is why it could not; one that also
+/// does not die is found by its record.
+async fn end(machine: &QemuMachine) {
+    if let Err(error) = crate::Machine::kill(machine).await {
+        tracing::warn!(%error, "a machine that could not be loaded was not ended");
+    }
+}
+
 impl QemuMachine {
+    /// All that can be said of a state before it is there.
+    async fn await_state(&self) -> Result<(), VmmError> {
+        self.choose_state_format().await?;
+        // Its neighbour is the host, which knows where it is. Told otherwise by its network
+        // device, the guest would announce itself while somebody waits for it.
+        self.command(
+            "keeping it from announcing itself",
+            "migrate-set-parameters",
+            json!({ "announce-rounds": 0 }),
+        )
+        .await
+        .map(drop)
+    }
+
     /// See [`crate::Machine::load`].
     pub(super) async fn become_saved(&self, spec: LoadSpec) -> Result<(), VmmError> {
         let LoadSpec {
@@ -115,7 +140,6 @@ async fn bring_in(
 }
 
 async fn load(machine: &QemuMachine, state: BorrowedFd<'_>) -> Result<(), VmmError> {
-    machine.choose_state_format().await?;
     machine.give("state", state).await?;
     let done = machine.expect_migration();
     let began = Instant::now();
