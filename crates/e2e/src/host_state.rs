@@ -33,10 +33,31 @@ impl HostState {
         state.count_control_groups(&prefix);
         state.count_files(data_dir, data_dir);
         if let Some(pid) = server {
-            let open = fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
-            state.add("open files of the server", open);
+            state.count_open_files(pid);
         }
         state
+    }
+
+    /// By what they are: `socket`, `anon_inode:[pidfd]`, a path.
+    fn count_open_files(&mut self, pid: u32) {
+        let entries = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten();
+        for entry in entries.flatten() {
+            // One that was closed meanwhile is none.
+            let Ok(target) = fs::read_link(entry.path()) else {
+                continue;
+            };
+            let target = target.to_string_lossy();
+            let kind = match target.split_once(":[") {
+                // An inode's number says nothing.
+                Some((kind, _)) if kind != "anon_inode" => kind,
+                _ => &target,
+            };
+            // Nor does the number of one server's log.
+            let kind: String = kind.chars().filter(|c| !c.is_ascii_digit()).collect();
+            self.add(format!("open file of the server: {kind}"), 1);
+        }
     }
 
     /// Looks until nothing has changed for five seconds: the pool is full again, and what is

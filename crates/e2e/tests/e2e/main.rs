@@ -38,7 +38,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Trial};
 use tokio::runtime::Runtime;
@@ -155,7 +155,7 @@ fn main() -> ExitCode {
         let (runtime, server) = (runtime.clone(), server.clone());
         Trial::test(name, move || {
             let server = server.expect("started for every test that is not filtered out");
-            runtime.block_on(test(&server));
+            runtime.block_on(timed(name, test(&server)));
             Ok(())
         })
     });
@@ -167,7 +167,7 @@ fn main() -> ExitCode {
     let trials = exclusive().into_iter().map(|(name, test)| {
         let (runtime, data_dir): (_, PathBuf) = (runtime.clone(), data_dir.clone());
         Trial::test(name, move || {
-            runtime.block_on(test(&data_dir));
+            runtime.block_on(timed(name, test(&data_dir)));
             Ok(())
         })
     });
@@ -179,6 +179,16 @@ fn main() -> ExitCode {
     match (first.has_failed(), second.has_failed()) {
         (false, false) => ExitCode::SUCCESS,
         (true, _) | (_, true) => ExitCode::from(101),
+    }
+}
+
+/// Runs a test and says how long it took if that was long: all of them have 45 minutes.
+async fn timed(name: &str, test: Running<'_>) {
+    const LONG: Duration = Duration::from_secs(15);
+    let start = Instant::now();
+    test.await;
+    if start.elapsed() >= LONG {
+        eprintln!("{name} took {:.0} s", start.elapsed().as_secs_f32());
     }
 }
 

@@ -172,21 +172,22 @@ pub(crate) async fn g23_forks_share_their_past_and_nothing_else(server: &Server)
             before - 1.0 < clock && clock < after + 1.0,
             "{before} {clock} {after}"
         );
-    }
-    // Each goes on by itself, and their disks are their own.
-    for one in children.iter().chain([&id]) {
+        // Each goes on by itself, and their disks are their own. One that is done with leaves the
+        // processor to the others.
         let done = rounds(&api, one, 1).await;
         rounds(&api, one, done + 3).await;
         let line = format!("echo {one} >> /home/user/past; cat /home/user/past");
         assert_eq!(api.shell(one, &line).await, format!("past\n{one}\n"));
+        if *one != children[0] {
+            api.destroy(one).await;
+        }
     }
     // The parent's end is none of its children's business, and a child can be forked again.
-    api.destroy(&id).await;
     let again = verb(&api, &children[0], "fork", &json!({})).await;
     let grandchild = again[0]["id"].as_str().expect("an id");
     let past = api.shell(grandchild, "cat /home/user/past").await;
     assert_eq!(past, format!("past\n{}\n", children[0]));
-    for one in children.iter().map(String::as_str).chain([grandchild]) {
+    for one in [children[0].as_str(), grandchild] {
         api.destroy(one).await;
     }
 }
