@@ -1,8 +1,8 @@
 //! The last call before a freeze.
 //!
 //! What of a connection's end is still under way when a guest is stopped it has to work through
-//! when it is restored, while somebody waits and, under emulation, code must be translated first. So the
-//! guest closes its end before, and ours is closed when it stands.
+//! when it is restored, while somebody waits and, under emulation, code must be translated first.
+//! So the guest closes its end before, and ours is closed when it stands.
 
 use std::time::Duration;
 
