@@ -126,15 +126,21 @@ impl Host {
         // In one go: the second of two such tasks may be given a new thread although the first
         // thread takes it on, and the new one would begin its life after the restore, in
         // somebody's way.
+        let (stands, when_it_stands) = tokio::sync::oneshot::channel();
         let work = tokio::task::spawn_blocking(move || {
             if freeze {
                 state.cgroups.freeze()?;
             }
+            // Nobody listens where this was given up.
+            let _ = stands.send(());
             if in_vm {
                 rustix::fs::sync();
             }
             Ok::<(), CgroupError>(())
         });
+        // Freezing has a limit of its own, and is never given up before it has begun: it would
+        // come after the thaw. What it failed with is told below.
+        let _ = when_it_stands.await;
         let done = timeout(SYNC_LIMIT, work).await;
         done.map_err(|_| SnapshotError::Sync)???;
         crate::sys::trim_heap();

@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn g25_ourend_is_closed_after_theirs_and_not_before_it_is_let_go() {
+    async fn g25_our_end_is_closed_after_theirs_and_not_before_it_is_let_go() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let guest = tokio::spawn(async move {
