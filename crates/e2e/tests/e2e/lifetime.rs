@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
+use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use wrenn_e2e::{Server, eventually};
 
-/// Sends a request and hangs up without waiting for a byte of the answer.
-async fn ask_and_hang_up(server: &Server, path: &str, body: &Value, after: Duration) {
+/// Sends a request and waits for no byte of the answer. Who drops the connection hangs up.
+async fn ask(server: &Server, path: &str, key: &str, body: &Value) -> TcpStream {
     let body = body.to_string();
     let request = format!(
-        "POST {path} HTTP/1.1\r\nHost: {}\r\nX-API-Key: {}\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n\r\n{body}",
+        "POST {path} HTTP/1.1\r\nHost: {}\r\nX-API-Key: {}\r\nIdempotency-Key: {key}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         server.address(),
         server.key(),
         body.len()
@@ -24,33 +25,69 @@ async fn ask_and_hang_up(server: &Server, path: &str, body: &Value, after: Durat
         .write_all(request.as_bytes())
         .await
         .expect("a request");
-    tokio::time::sleep(after).await;
+    stream
 }
 
 pub(crate) async fn g01_hanging_up_during_create_harms_nothing(server: &Server) {
     let api = server.api();
-    // At once, in the middle, and about when the answer is on its way.
+    // As soon as the order is taken, in the middle, and about when the answer is on its way.
     for (n, millis) in [0, 20, 100].into_iter().enumerate() {
         let mark = format!("hang-up-{n}");
         let body = json!({"metadata": {"mark": mark}});
-        ask_and_hang_up(
-            server,
-            "/v1/sandboxes",
-            &body,
-            Duration::from_millis(millis),
+        let asking = ask(server, "/v1/sandboxes", &mark, &body).await;
+        let path = format!("/v1/sandboxes?state=all&metadata.mark={mark}");
+        let known = || async { api.get(&path).await.expect(200).json()[0].clone() };
+        eventually(
+            "an order that is taken",
+            Duration::from_secs(60),
+            || async { known().await.is_object().then_some(()) },
         )
         .await;
-        let path = format!("/v1/sandboxes?state=running&metadata.mark={mark}");
+        tokio::time::sleep(Duration::from_millis(millis)).await;
+        drop(asking);
         let id = eventually(
             "a sandbox whose creator hung up",
             Duration::from_secs(60),
             || async {
-                let found = api.get(&path).await.expect(200).json();
-                found[0]["id"].as_str().map(str::to_owned)
+                let found = known().await;
+                (found["status"] == "running").then(|| found["id"].as_str().map(str::to_owned))?
             },
         )
         .await;
         assert_eq!(api.shell(&id, "echo alive").await, "alive\n");
+        api.destroy(&id).await;
+    }
+}
+
+/// Whoever hangs up before the server has taken the order cannot know whether it did. The same
+/// request once more gives a sandbox that runs, and one only.
+pub(crate) async fn g01_who_hung_up_at_once_asks_again(server: &Server) {
+    let api = server.api();
+    for n in 0..4 {
+        let mark = format!("hang-up-at-once-{n}");
+        let body = json!({"metadata": {"mark": mark}});
+        drop(ask(server, "/v1/sandboxes", &mark, &body).await);
+        let id = eventually(
+            "a sandbox asked for twice",
+            Duration::from_secs(60),
+            || async {
+                let again = api
+                    .request(Method::POST, "/v1/sandboxes")
+                    .header("Idempotency-Key", &mark)
+                    .json(&body);
+                let answer = api.send(again).await;
+                if answer.status == 409 {
+                    return None;
+                }
+                let made = answer.expect(201).json();
+                made["id"].as_str().map(str::to_owned)
+            },
+        )
+        .await;
+        assert_eq!(api.shell(&id, "echo alive").await, "alive\n");
+        let path = format!("/v1/sandboxes?state=all&metadata.mark={mark}");
+        let made = api.get(&path).await.expect(200).json();
+        assert_eq!(made.as_array().map(Vec::len), Some(1), "{made}");
         api.destroy(&id).await;
     }
 }
@@ -61,19 +98,19 @@ pub(crate) async fn g01_hanging_up_during_exec_harms_nothing(server: &Server) {
     let boot = api.shell(&id, "cat /proc/sys/kernel/random/boot_id").await;
     let body = json!({"cmd": "/bin/sh", "args": ["-c", "touch began; sleep 2; touch ended"]});
     let path = format!("/v1/sandboxes/{id}/exec");
-    ask_and_hang_up(server, &path, &body, Duration::from_millis(1000)).await;
-    // Neither the machine nor the program notices.
-    eventually(
-        "a program whose caller hung up",
-        Duration::from_secs(30),
-        || async {
-            let ran = api
-                .exec(&id, "/bin/sh", &["-c", "test -e began && test -e ended"])
-                .await;
+    let asking = ask(server, &path, "exec", &body).await;
+    let has = |file: &'static str| {
+        let (api, id) = (&api, &id);
+        async move {
+            let ran = api.exec(id, "test", &["-e", file]).await;
             (ran["exit_code"] == 0).then_some(())
-        },
-    )
-    .await;
+        }
+    };
+    let patience = Duration::from_secs(30);
+    eventually("a program that began", patience, || has("began")).await;
+    drop(asking);
+    // Neither the machine nor the program notices.
+    eventually("a program whose caller hung up", patience, || has("ended")).await;
     assert_eq!(
         api.shell(&id, "cat /proc/sys/kernel/random/boot_id").await,
         boot

@@ -67,7 +67,8 @@ fn shared() -> Vec<(&'static str, Shared)> {
             shell_is_a_terminal, a_sandbox_is_saved_and_gone_back_with,
             every_command_has_help_and_json_is_json, a_log_that_cannot_be_written_harms_nothing;
         files: g31_fifty_mebibytes_arrive_unchanged, a_file_is_seen_whole_or_not_at_all;
-        lifetime: g01_hanging_up_during_create_harms_nothing, g01_hanging_up_during_exec_harms_nothing,
+        lifetime: g01_hanging_up_during_create_harms_nothing, g01_who_hung_up_at_once_asks_again,
+            g01_hanging_up_during_exec_harms_nothing,
             g09_an_unused_sandbox_expires_and_a_used_one_does_not;
         death: g06_what_is_under_way_ends_with_its_machine, what_is_under_way_ends_with_a_guest_that_is_powered_off;
         isolation: g38_limits_hold_in_either_version_of_control_groups, g35_a_guest_reaches_neither_host_nor_guest_nor_private_ranges;
