@@ -4,7 +4,7 @@
 //! A child is born in its group (see [`crate::sys`]). Without cgroup v2 every operation is
 //! a no-op that was logged once.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -110,18 +110,16 @@ impl Cgroups {
             let path = root.join(group.name());
             let made = match fs::create_dir(&path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-                _ => OpenOptions::new()
-                    .write(true)
-                    .open(path.join("cgroup.procs")),
+                _ => File::open(&path),
             };
             match made {
-                Ok(procs) => {
+                Ok(folder) => {
                     for (file, value) in group.limits(memory) {
                         if let Err(error) = fs::write(path.join(file), &value) {
                             tracing::warn!(group = group.name(), file, %error, "cannot set a cgroup limit");
                         }
                     }
-                    groups.push((group, path, procs));
+                    groups.push((group, path, folder));
                 }
                 Err(error) => tracing::warn!(group = group.name(), %error, "cannot make a cgroup"),
             }
@@ -129,12 +127,12 @@ impl Cgroups {
         Cgroups { groups }
     }
 
-    /// `cgroup.procs` of a group, for a child to write itself into.
-    pub fn procs(&self, group: Group) -> Option<BorrowedFd<'_>> {
+    /// The folder of a group, for a child to be born in.
+    pub fn folder(&self, group: Group) -> Option<BorrowedFd<'_>> {
         self.groups
             .iter()
             .find(|(g, ..)| *g == group)
-            .map(|(.., procs)| procs.as_fd())
+            .map(|(.., folder)| folder.as_fd())
     }
 
     /// Stops all that people have started, and waits until it stands.
@@ -228,7 +226,7 @@ mod tests {
     #[test]
     fn without_cgroup_v2_everything_is_a_no_op() {
         let groups = Cgroups::set_up(Path::new("/proc/self"));
-        assert!(groups.procs(Group::User).is_none());
+        assert!(groups.folder(Group::User).is_none());
         groups.freeze().unwrap();
         groups.thaw().unwrap();
         assert!(memory_total() > 0);

@@ -1,13 +1,15 @@
 //! What safe crates do not offer: starting a program without copying the agent, and
 //! reseeding the kernel's random number generator. All `unsafe` of this crate is here.
 //!
-//! A program is started by clone(2) with `CLONE_VM | CLONE_VFORK`: the child borrows our
+//! A program is started by clone3(2) with `CLONE_VM | CLONE_VFORK`: the child borrows our
 //! memory until it runs the new program, while the calling thread is suspended. No page
 //! table is copied, so it costs the same however big the agent is, and what goes wrong in
-//! the child is simply written down for the parent to read.
+//! the child is simply written down for the parent to read. It is born in its control group:
+//! to move it there afterwards, the kernel would stop all forks and wait for a grace period.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
+use std::arch::asm;
+use std::ffi::{CStr, CString, c_char, c_int, c_long};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
@@ -16,6 +18,9 @@ use tokio::io::unix::AsyncFd;
 
 /// The child's stack until exec: its frames are small and nothing in it recurses.
 const STACK: usize = 64 * 1024;
+
+/// The child is born in the control group of `clone_args.cgroup`; see clone(2).
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Whose rights a program gets.
 #[derive(Debug, Clone)]
@@ -45,7 +50,7 @@ pub struct Program<'a> {
     pub terminal: bool,
     /// Whose rights; `None` keeps ours.
     pub credentials: Option<Credentials>,
-    /// `cgroup.procs` of the group it is born in.
+    /// The folder of the group it is born in.
     pub cgroup: Option<BorrowedFd<'a>>,
     /// What to write to `oom_score_adj`.
     pub oom_score_adj: &'static CStr,
@@ -74,8 +79,6 @@ pub enum Step {
     Terminal,
     /// Its standard streams.
     Stdio,
-    /// Its control group.
-    Cgroup,
     /// Its supplementary groups.
     Groups,
     /// Its group id.
@@ -100,7 +103,6 @@ struct Shared {
     credentials: Option<(u32, u32)>,
     groups: *const u32,
     group_count: usize,
-    cgroup: RawFd,
     oom_score_adj: *const c_char,
     oom_len: usize,
     open_files: Option<(u64, u64)>,
@@ -137,7 +139,6 @@ pub fn spawn(program: &Program<'_>) -> Result<Child, (Step, io::Error)> {
         credentials: program.credentials.as_ref().map(|c| (c.uid, c.gid)),
         groups: groups.as_ptr(),
         group_count: groups.len(),
-        cgroup: program.cgroup.map_or(-1, |fd| fd.as_raw_fd()),
         oom_score_adj: program.oom_score_adj.as_ptr(),
         oom_len: program.oom_score_adj.to_bytes().len(),
         open_files: program.open_files,
@@ -146,7 +147,23 @@ pub fn spawn(program: &Program<'_>) -> Result<Child, (Step, io::Error)> {
     };
     let mut stack = vec![0u128; STACK / size_of::<u128>()];
     let mut pidfd: c_int = -1;
-    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let mut flags = (libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD) as u64;
+    if program.cgroup.is_some() {
+        flags |= CLONE_INTO_CGROUP;
+    }
+    let args = libc::clone_args {
+        flags,
+        pidfd: (&raw mut pidfd) as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: stack.as_mut_ptr() as u64,
+        stack_size: STACK as u64,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: program.cgroup.map_or(0, |fd| fd.as_raw_fd() as u64),
+    };
     // SAFETY: `child` runs on a stack of its own and only makes system calls (no
     // allocation, no lock, no panic). This thread is suspended until the child has
     // executed or ended (CLONE_VFORK), so all that `shared` points to outlives it. All
@@ -156,20 +173,14 @@ pub fn spawn(program: &Program<'_>) -> Result<Child, (Step, io::Error)> {
         let mut old: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&raw mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old);
-        let top = stack.as_mut_ptr().add(stack.len()).cast::<c_void>();
-        let pid = libc::clone(
-            child,
-            top,
-            flags,
-            (&raw mut shared).cast::<c_void>(),
-            &raw mut pidfd,
-        );
-        let error = io::Error::last_os_error();
+        let pid = clone3(&raw const args, &raw mut shared);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, ptr::null_mut());
-        if pid < 0 {
-            return Err((Step::Clone, error));
-        }
         pid
+    };
+    let pid = match u32::try_from(pid) {
+        Ok(pid) => pid,
+        // The kernel's way to tell an error, of at most 4095.
+        Err(_) => return Err((Step::Clone, io::Error::from_raw_os_error(-pid as c_int))),
     };
     // SAFETY: the kernel stored a new descriptor there, which nobody else owns.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
@@ -182,10 +193,7 @@ pub fn spawn(program: &Program<'_>) -> Result<Child, (Step, io::Error)> {
         )
     };
     if errno == 0 {
-        return Ok(Child {
-            pid: pid.unsigned_abs(),
-            pidfd,
-        });
+        return Ok(Child { pid, pidfd });
     }
     // It has ended already; its status says nothing that `errno` does not.
     let _ = rustix::process::waitid(
@@ -195,9 +203,43 @@ pub fn spawn(program: &Program<'_>) -> Result<Child, (Step, io::Error)> {
     Err((failed, io::Error::from_raw_os_error(errno)))
 }
 
-extern "C" fn child(arg: *mut c_void) -> c_int {
-    // SAFETY: `arg` is the `Shared` of the suspended parent.
-    let shared = unsafe { &mut *arg.cast::<Shared>() };
+/// clone3(2), which glibc has no function for: the child runs [`child`] on the stack that
+/// `args` names, the parent gets its id or, negative, an error.
+///
+/// # Safety
+/// `args` must name a stack that nothing else uses, and ask for no more than the kernel may
+/// write through it. `shared` must live until the child has ended or runs its program.
+#[cfg(target_arch = "x86_64")]
+unsafe fn clone3(args: *const libc::clone_args, shared: *mut Shared) -> c_long {
+    let answer: c_long;
+    // SAFETY: the child has a stack of its own, aligned to 16 bytes as `call` wants it, and
+    // never comes back here; it has all registers of its parent but those that a system call
+    // changes (rax, rcx, r11).
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r8",
+            "call {child}",
+            "ud2",
+            "2:",
+            child = sym child,
+            inlateout("rax") libc::SYS_clone3 => answer,
+            in("rdi") args,
+            in("rsi") size_of::<libc::clone_args>(),
+            in("r8") shared,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    answer
+}
+
+extern "C" fn child(shared: *mut Shared) -> ! {
+    // SAFETY: it is the `Shared` of the suspended parent.
+    let shared = unsafe { &mut *shared };
     // SAFETY: see `spawn`.
     let (step, errno) = unsafe { run(shared) };
     shared.failed = step;
@@ -243,12 +285,6 @@ unsafe fn run(shared: &Shared) -> (Step, c_int) {
                 libc::dup2(shared.stdio[target as usize], target)
             );
             target += 1;
-        }
-        if shared.cgroup >= 0 {
-            attempt!(
-                Step::Cgroup,
-                libc::write(shared.cgroup, c"0".as_ptr().cast(), 1)
-            );
         }
         // Raising it is always allowed; a kernel without it has no such file.
         let adj = libc::open(

@@ -399,7 +399,7 @@ impl Plan {
             stdio: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
             terminal: self.terminal,
             credentials: self.credentials.clone(),
-            cgroup: state.cgroups.procs(group),
+            cgroup: state.cgroups.folder(group),
             oom_score_adj: OOM_SCORE_ADJ,
             open_files: state.settings.child_open_files,
         })
