@@ -1,6 +1,6 @@
 //! What ends a sandbox, and what does not.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -28,11 +28,18 @@ async fn ask(server: &Server, path: &str, key: &str, body: &Value) -> TcpStream 
     stream
 }
 
+/// A label that no run has used before: keys are remembered for a day, and the data folder of
+/// the tests is used again.
+fn mark(what: &str) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    format!("{what}-{}", now.expect("after 1970").as_nanos())
+}
+
 pub(crate) async fn g01_hanging_up_during_create_harms_nothing(server: &Server) {
     let api = server.api();
     // As soon as the order is taken, in the middle, and about when the answer is on its way.
-    for (n, millis) in [0, 20, 100].into_iter().enumerate() {
-        let mark = format!("hang-up-{n}");
+    for millis in [0, 20, 100] {
+        let mark = mark("hang-up");
         let body = json!({"metadata": {"mark": mark}});
         let asking = ask(server, "/v1/sandboxes", &mark, &body).await;
         let path = format!("/v1/sandboxes?state=all&metadata.mark={mark}");
@@ -63,8 +70,8 @@ pub(crate) async fn g01_hanging_up_during_create_harms_nothing(server: &Server) 
 /// request once more gives a sandbox that runs, and one only.
 pub(crate) async fn g01_who_hung_up_at_once_asks_again(server: &Server) {
     let api = server.api();
-    for n in 0..4 {
-        let mark = format!("hang-up-at-once-{n}");
+    for _ in 0..4 {
+        let mark = mark("hang-up-at-once");
         let body = json!({"metadata": {"mark": mark}});
         drop(ask(server, "/v1/sandboxes", &mark, &body).await);
         let id = eventually(
@@ -98,7 +105,7 @@ pub(crate) async fn g01_hanging_up_during_exec_harms_nothing(server: &Server) {
     let boot = api.shell(&id, "cat /proc/sys/kernel/random/boot_id").await;
     let body = json!({"cmd": "/bin/sh", "args": ["-c", "touch began; sleep 2; touch ended"]});
     let path = format!("/v1/sandboxes/{id}/exec");
-    let asking = ask(server, &path, "exec", &body).await;
+    let asking = ask(server, &path, &mark("exec"), &body).await;
     let has = |file: &'static str| {
         let (api, id) = (&api, &id);
         async move {
