@@ -233,6 +233,8 @@ mod tests {
 
     /// An address of loopback that plays the guest's.
     const AT: Ipv4Addr = Ipv4Addr::new(127, 83, 17, 9);
+    /// Of its own: a scanner relays what all tests of the process listen on.
+    const AT_TOO: Ipv4Addr = Ipv4Addr::new(127, 83, 17, 10);
 
     #[test]
     fn g32_only_what_is_on_loopback_alone_is_relayed() {
@@ -254,13 +256,13 @@ mod tests {
         assert_eq!(ports, [1, 7]);
     }
 
-    async fn reachable(port: u16) -> bool {
-        TcpStream::connect((AT, port)).await.is_ok()
+    async fn reachable(at: Ipv4Addr, port: u16) -> bool {
+        TcpStream::connect((at, port)).await.is_ok()
     }
 
-    async fn until(port: u16, wanted: bool) {
+    async fn until(at: Ipv4Addr, port: u16, wanted: bool) {
         for _ in 0..60 {
-            if reachable(port).await == wanted {
+            if reachable(at, port).await == wanted {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -276,9 +278,9 @@ mod tests {
             address: Some(AT),
             own_port: 1,
         });
-        assert!(!reachable(port).await);
+        assert!(!reachable(AT, port).await);
         ports.start().await;
-        until(port, true).await;
+        until(AT, port, true).await;
         let echo = tokio::spawn(async move {
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
@@ -296,7 +298,7 @@ mod tests {
         let found = ports.list().into_iter().find(|p| p.port == port).unwrap();
         assert!(found.relayed && found.reachable);
         echo.abort();
-        until(port, false).await;
+        until(AT, port, false).await;
         ports.stop().await;
     }
 
@@ -305,15 +307,15 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let ports = Ports::new(Settings {
-            address: Some(AT),
+            address: Some(AT_TOO),
             own_port: 1,
         });
         ports.start().await;
-        until(port, true).await;
-        let mut client = TcpStream::connect((AT, port)).await.unwrap();
+        until(AT_TOO, port, true).await;
+        let mut client = TcpStream::connect((AT_TOO, port)).await.unwrap();
         let _server = listener.accept().await.unwrap();
         ports.stop().await;
-        assert!(!reachable(port).await);
+        assert!(!reachable(AT_TOO, port).await);
         let mut byte = [0];
         let ended = tokio::time::timeout(Duration::from_secs(1), client.read(&mut byte)).await;
         assert!(
@@ -321,7 +323,7 @@ mod tests {
             "the connection must be gone"
         );
         ports.restart().await;
-        until(port, true).await;
+        until(AT_TOO, port, true).await;
         ports.stop().await;
         ports.stop().await;
     }
