@@ -19,7 +19,8 @@ use tokio::io::unix::AsyncFd;
 /// The child's stack until exec: its frames are small and nothing in it recurses.
 const STACK: usize = 64 * 1024;
 
-/// The child is born in the control group of `clone_args.cgroup`; see clone(2).
+/// The child is born in the control group of `clone_args.cgroup`; see clone(2). libc's own is an
+/// `int`, which it does not fit.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Whose rights a program gets.
@@ -90,6 +91,9 @@ pub enum Step {
     /// The program itself.
     Exec,
 }
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("`clone3` below is written for x86-64 only");
 
 /// What the child reads and where it writes down its failure.
 struct Shared {
