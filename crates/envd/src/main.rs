@@ -184,9 +184,9 @@ async fn run(
         tracing::debug!(%error, "standard output is closed");
     }
     let connections = Arc::clone(host.connections());
-    server::serve(listener, router, connections, move || {
-        host.identity().map(|i| i.restore_id)
-    })
-    .await;
-    Ok(())
+    let identity = move || host.identity().map(|i| i.restore_id);
+    // Not on this thread: a worker would have to wake it for each connection.
+    tokio::spawn(server::serve(listener, router, connections, identity))
+        .await
+        .map_err(|error| format!("the server broke: {error}"))
 }

@@ -11,13 +11,15 @@
 use std::arch::asm;
 use std::ffi::{CStr, CString, c_char, c_int, c_long};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use tokio::io::unix::AsyncFd;
 
-/// The child's stack until exec: its frames are small and nothing in it recurses.
-const STACK: usize = 64 * 1024;
+/// Bytes of the child's stack until exec: its frames are small, nothing in it recurses, and a
+/// signal's frame has room.
+const STACK: usize = 32 * 1024;
 
 /// The child is born in the control group of `clone_args.cgroup`; see clone(2). libc's own is an
 /// `int`, which it does not fit.
@@ -149,7 +151,8 @@ pub fn spawn(program: &Program<'_>) -> Result<Child, (Step, io::Error)> {
         failed: Step::Clone,
         errno: 0,
     };
-    let mut stack = vec![0u128; STACK / size_of::<u128>()];
+    // Part of ours. On the heap it would make that longer and be given back afterwards, each time.
+    let mut stack = [const { MaybeUninit::<u128>::uninit() }; STACK / size_of::<u128>()];
     let mut pidfd: c_int = -1;
     let mut flags = (libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD) as u64;
     if program.cgroup.is_some() {

@@ -11,6 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde::Deserialize;
 
@@ -78,7 +79,7 @@ pub(super) struct Source {
 enum Channel {
     /// Outside a VM.
     None,
-    FwCfg(PathBuf),
+    FwCfg(FwCfg),
     Mmds(SocketAddr),
 }
 
@@ -87,7 +88,7 @@ impl Source {
         let channel = if !in_vm {
             Channel::None
         } else if Path::new(FW_CFG_DEVICE).exists() {
-            Channel::FwCfg(PathBuf::from(FW_CFG))
+            Channel::FwCfg(FwCfg::new(PathBuf::from(FW_CFG)))
         } else {
             Channel::Mmds(mmds::ADDRESS)
         };
@@ -98,7 +99,7 @@ impl Source {
     pub(super) fn read(&self) -> Option<Identity> {
         let read = match &self.channel {
             Channel::None => return None,
-            Channel::FwCfg(path) => read(path),
+            Channel::FwCfg(file) => file.read(),
             Channel::Mmds(address) => mmds::document(*address)
                 .and_then(|json| serde_json::from_slice(&json).map_err(io::Error::other)),
         };
@@ -113,8 +114,34 @@ impl Source {
     }
 }
 
-fn read(path: &Path) -> io::Result<Identity> {
-    let file = File::open(path)?;
+/// QEMU's file, which is asked anew at each read of a descriptor. So that is kept: finding the
+/// file takes longer than reading it, and a restore waits for both.
+#[derive(Debug)]
+struct FwCfg {
+    path: PathBuf,
+    kept: Mutex<Option<File>>,
+}
+
+impl FwCfg {
+    fn new(path: PathBuf) -> FwCfg {
+        FwCfg {
+            path,
+            kept: Mutex::default(),
+        }
+    }
+
+    fn read(&self) -> io::Result<Identity> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        // One whose module was taken away and came back reads no more.
+        if let Some(Ok(bytes)) = kept.as_ref().map(head) {
+            return parse(&bytes);
+        }
+        let file = kept.insert(File::open(&self.path)?);
+        parse(&head(file)?)
+    }
+}
+
+fn head(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; HEAD];
     let mut length = file.read_at(&mut bytes, 0)?;
     if length == HEAD && !bytes.contains(&0) {
@@ -122,6 +149,10 @@ fn read(path: &Path) -> io::Result<Identity> {
         length += file.read_at(&mut bytes[HEAD..], HEAD as u64)?;
     }
     bytes.truncate(length);
+    Ok(bytes)
+}
+
+fn parse(bytes: &[u8]) -> io::Result<Identity> {
     let json = bytes.split(|&b| b == 0).next().unwrap_or_default();
     serde_json::from_slice(json).map_err(io::Error::other)
 }
@@ -144,7 +175,7 @@ mod tests {
             bytes.resize(SIZE, 0);
             std::fs::write(&dir, &bytes).unwrap();
             let source = Source {
-                channel: Channel::FwCfg(dir.clone()),
+                channel: Channel::FwCfg(FwCfg::new(dir.clone())),
             };
             let identity = source.read().unwrap();
             assert_eq!(
@@ -155,22 +186,15 @@ mod tests {
                 identity.trusts(b"token") && !identity.trusts(b"other") && !identity.trusts(b"")
             );
         }
+        let source = || Source {
+            channel: Channel::FwCfg(FwCfg::new(dir.clone())),
+        };
+        let kept = source();
+        assert!(kept.read().is_some());
         std::fs::write(&dir, b"{}").unwrap();
-        assert!(
-            Source {
-                channel: Channel::FwCfg(dir.clone())
-            }
-            .read()
-            .is_none()
-        );
+        assert!(kept.read().is_none(), "it is read anew");
         std::fs::remove_file(&dir).unwrap();
-        assert!(
-            Source {
-                channel: Channel::FwCfg(dir)
-            }
-            .read()
-            .is_none()
-        );
+        assert!(source().read().is_none());
         assert!(Source::new(false).read().is_none());
     }
 

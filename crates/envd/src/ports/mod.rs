@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::relay::Relay;
@@ -52,14 +53,22 @@ pub struct Settings {
 #[derive(Debug)]
 struct Running {
     stop: CancellationToken,
-    task: JoinHandle<()>,
+    /// Says whether it had relays when it was stopped.
+    task: JoinHandle<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Life {
+    running: Option<Running>,
+    /// Whether there were relays when it stood last.
+    relayed: bool,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub struct Ports {
     settings: Settings,
-    running: tokio::sync::Mutex<Option<Running>>,
+    life: tokio::sync::Mutex<Life>,
     open: Arc<Mutex<Vec<OpenPort>>>,
 }
 
@@ -68,15 +77,18 @@ impl Ports {
     pub fn new(settings: Settings) -> Arc<Ports> {
         Arc::new(Ports {
             settings,
-            running: tokio::sync::Mutex::default(),
+            life: tokio::sync::Mutex::default(),
             open: Arc::default(),
         })
     }
 
-    /// Starts it. Again is harmless.
+    /// Starts it, with a look at once. Again is harmless.
     pub async fn start(&self) {
-        let mut running = self.running.lock().await;
-        if running.is_none() {
+        self.start_after(&mut *self.life.lock().await, Duration::ZERO);
+    }
+
+    fn start_after(&self, life: &mut Life, wait: Duration) {
+        if life.running.is_none() {
             let stop = CancellationToken::new();
             let scanner = Scanner {
                 settings: self.settings.clone(),
@@ -84,27 +96,39 @@ impl Ports {
                 tables: Tables::default(),
                 relays: HashMap::new(),
             };
-            let task = tokio::spawn(scanner.run(stop.clone()));
-            *running = Some(Running { stop, task });
+            let task = tokio::spawn(scanner.run(wait, stop.clone()));
+            life.running = Some(Running { stop, task });
         }
     }
 
     /// Stops it, and returns when scanner, relays and their connections are gone. Again is
     /// harmless.
     pub async fn stop(&self) {
-        let mut running = self.running.lock().await;
-        if let Some(Running { stop, task }) = running.take() {
+        Self::stand(&mut *self.life.lock().await).await;
+    }
+
+    async fn stand(life: &mut Life) {
+        if let Some(Running { stop, task }) = life.running.take() {
             stop.cancel();
-            if let Err(error) = task.await {
-                tracing::error!(%error, "the port scanner broke");
+            match task.await {
+                Ok(relayed) => life.relayed = relayed,
+                Err(error) => tracing::error!(%error, "the port scanner broke"),
             }
         }
     }
 
-    /// Stops and starts it: no connection from before stays.
+    /// Stops and starts it: no connection from before stays. What was relayed is so again at
+    /// once. Where nothing was, the first look waits for its time: whoever had the machine
+    /// restored waits for something else.
     pub async fn restart(&self) {
-        self.stop().await;
-        self.start().await;
+        let mut life = self.life.lock().await;
+        Self::stand(&mut life).await;
+        let wait = if life.relayed {
+            Duration::ZERO
+        } else {
+            INTERVAL
+        };
+        self.start_after(&mut life, wait);
     }
 
     /// What was open at the last look, by port.
@@ -126,8 +150,9 @@ struct Scanner {
 }
 
 impl Scanner {
-    async fn run(mut self, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(INTERVAL);
+    /// Looks after `wait`, and then time and again until it is stopped.
+    async fn run(mut self, wait: Duration, stop: CancellationToken) -> bool {
+        let mut ticks = tokio::time::interval_at(Instant::now() + wait, INTERVAL);
         // After a freeze of an hour one look is enough.
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -136,9 +161,11 @@ impl Scanner {
                 _ = ticks.tick() => self.look().await,
             }
         }
+        let relayed = !self.relays.is_empty();
         for (_, relay) in self.relays.drain() {
             relay.stop().await;
         }
+        relayed
     }
 
     async fn look(&mut self) {

@@ -8,9 +8,11 @@
 //!
 //! What is accepted while the guest is prepared may be accepted before the freeze or after
 //! the restore. So it is marked with the identity the machine has at that moment, and a
-//! restore closes it too unless the mark is its own.
+//! restore closes it too unless the mark is its own. Until then it is [`Guard::brief`]: it
+//! carries one request, lest it be open and idle at the freeze.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
@@ -39,6 +41,7 @@ struct Tracked {
     epoch: u64,
     /// The machine's identity when it was accepted, if that was while prepared.
     mark: Option<String>,
+    brief: Arc<AtomicBool>,
     order: watch::Sender<Order>,
 }
 
@@ -77,29 +80,33 @@ impl Connections {
     }
 
     /// Tracks a new connection. `identity` is asked for the machine's identity only while
-    /// the guest is prepared. The flag says whether keep-alive is on.
-    pub fn accepted(self: &Arc<Self>, identity: impl FnOnce() -> Option<String>) -> (Guard, bool) {
+    /// the guest is prepared.
+    pub fn accepted(self: &Arc<Self>, identity: impl FnOnce() -> Option<String>) -> Guard {
         let prepared = self.lock().prepared;
         let mark = if prepared { identity() } else { None };
         let (order, orders) = watch::channel(Order::Serve);
         let mut inner = self.lock();
         inner.next += 1;
         let id = ConnectionId(inner.next);
-        let epoch = inner.epoch;
-        inner.open.insert(id, Tracked { epoch, mark, order });
+        let brief = Arc::new(AtomicBool::new(prepared));
+        let tracked = Tracked {
+            epoch: inner.epoch,
+            mark,
+            brief: Arc::clone(&brief),
+            order,
+        };
+        inner.open.insert(id, tracked);
         inner.peak = inner.peak.max(inner.open.len());
-        (
-            Guard {
-                id,
-                orders,
-                all: Arc::clone(self),
-            },
-            !prepared,
-        )
+        Guard {
+            id,
+            orders,
+            brief,
+            all: Arc::clone(self),
+        }
     }
 
     /// Before a freeze: all connections close when what they carry is done, and new ones
-    /// are of a new epoch, without keep-alive. Again is harmless.
+    /// are of a new epoch, and brief. Again is harmless.
     pub fn prepare(&self) {
         let mut inner = self.lock();
         if !inner.prepared {
@@ -118,7 +125,7 @@ impl Connections {
         }
     }
 
-    /// The freeze did not come: keep-alive on. Connections that were told to finish do.
+    /// The freeze did not come: new connections last. Those that were told to finish do.
     pub fn undo(&self) {
         self.lock().prepared = false;
     }
@@ -146,7 +153,10 @@ impl Connections {
         let epoch = inner.epoch;
         for (id, tracked) in &inner.open {
             let newer = tracked.epoch >= epoch && tracked.mark.as_deref() == identity;
-            if Some(*id) != carrier && !newer {
+            if newer {
+                // The next request, which may be under way already, need not open another.
+                tracked.brief.store(false, Ordering::Relaxed);
+            } else if Some(*id) != carrier {
                 tracked.order.send_replace(Order::Close);
             }
         }
@@ -165,6 +175,8 @@ pub struct Guard {
     pub id: ConnectionId,
     /// What it is told.
     pub orders: watch::Receiver<Order>,
+    /// Whether it is to close with the answer to its request.
+    pub brief: Arc<AtomicBool>,
     all: Arc<Connections>,
 }
 
@@ -192,22 +204,28 @@ mod tests {
         *guard.orders.borrow()
     }
 
+    fn brief(guard: &Guard) -> bool {
+        guard.brief.load(Ordering::Relaxed)
+    }
+
     #[test]
     fn g25_a_restore_closes_what_is_older_and_spares_what_is_newer() {
         let all = Connections::new(Some("template".to_owned()));
         let template = || Some("template".to_owned());
         let clone = || Some("clone".to_owned());
-        let (old, keep_alive) = all.accepted(template);
-        assert!(keep_alive);
+        let old = all.accepted(template);
+        assert!(!brief(&old));
         all.prepare();
         all.prepare();
         assert_eq!(order(&old), Order::Finish);
-        let (just_before, keep_alive) = all.accepted(template);
-        assert!(!keep_alive);
+        let just_before = all.accepted(template);
+        assert!(brief(&just_before));
         // Frozen and restored as another machine.
-        let (newer, _) = all.accepted(clone);
-        let (carrier, _) = all.accepted(clone);
+        let newer = all.accepted(clone);
+        let carrier = all.accepted(clone);
+        assert!(brief(&newer) && brief(&carrier));
         all.restored(Some(carrier.id), Some("clone"));
+        assert!(!brief(&newer) && !brief(&carrier) && brief(&just_before));
         assert_eq!(
             (order(&old), order(&just_before)),
             (Order::Close, Order::Close)
@@ -216,10 +234,10 @@ mod tests {
             (order(&newer), order(&carrier)),
             (Order::Serve, Order::Serve)
         );
-        let (after, keep_alive) = all.accepted(clone);
-        assert!(keep_alive);
+        let after = all.accepted(clone);
+        assert!(!brief(&after));
         // Initialised again without a freeze: what came after the restore stays.
-        let (again, _) = all.accepted(clone);
+        let again = all.accepted(clone);
         all.restored(Some(again.id), Some("clone"));
         assert_eq!(
             (order(&newer), order(&carrier), order(&after)),
@@ -233,9 +251,9 @@ mod tests {
     #[test]
     fn a_freeze_without_notice_closes_what_came_before_the_carrier() {
         let all = Connections::new(None);
-        let (old, _) = all.accepted(|| None);
-        let (carrier, _) = all.accepted(|| None);
-        let (newer, _) = all.accepted(|| None);
+        let old = all.accepted(|| None);
+        let carrier = all.accepted(|| None);
+        let newer = all.accepted(|| None);
         // Outside a VM nothing is ever restored.
         all.restored(Some(carrier.id), None);
         assert_eq!(order(&old), Order::Serve);

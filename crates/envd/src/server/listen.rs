@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use http::{HeaderValue, header};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
@@ -60,16 +61,16 @@ pub async fn serve(
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
-        let (guard, keep_alive) = connections.accepted(&identity);
+        let guard = connections.accepted(&identity);
         let router = router.clone();
         tokio::spawn(async move {
-            connection(stream, router, guard, keep_alive).await;
+            connection(stream, router, guard).await;
             drop(slot);
         });
     }
 }
 
-async fn connection(stream: TcpStream, router: axum::Router, mut guard: Guard, keep_alive: bool) {
+async fn connection(stream: TcpStream, router: axum::Router, mut guard: Guard) {
     let reset = Arc::new(AtomicBool::new(false));
     let io = TokioIo::new(Socket {
         stream,
@@ -77,16 +78,24 @@ async fn connection(stream: TcpStream, router: axum::Router, mut guard: Guard, k
     });
     let id = guard.id;
     let (begin, mut begun) = watch::channel(false);
-    let service = router.map_request(move |mut request: http::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(id);
-        begin.send_replace(true);
-        request.map(axum::body::Body::new)
-    });
+    let brief = Arc::clone(&guard.brief);
+    let service = router
+        .map_request(move |mut request: http::Request<hyper::body::Incoming>| {
+            request.extensions_mut().insert(id);
+            begin.send_replace(true);
+            request.map(axum::body::Body::new)
+        })
+        .map_response(move |mut response| {
+            if brief.load(Ordering::Relaxed) {
+                let close = HeaderValue::from_static("close");
+                response.headers_mut().insert(header::CONNECTION, close);
+            }
+            response
+        });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .keep_alive(keep_alive)
         .header_read_timeout(IDLE)
         .http2()
         .timer(TokioTimer::new())
