@@ -29,8 +29,8 @@ use wrenn_net::GuestDialer;
 use wrenn_types::AccessToken;
 use wrenn_wire::process::ProcessClient;
 
+use self::farewell::Farewell;
 use self::stamped::Stamped;
-pub use farewell::Farewell;
 pub use inventory::{
     FileKind, GuestFile, GuestPath, GuestPort, GuestProcess, Inventory, lists_nothing,
 };
@@ -307,8 +307,8 @@ impl Guest {
     }
 
     /// Quiesces the guest for a freeze: its own connections idle, the users' processes
-    /// frozen, file systems synced. Hold on to what is returned until the machine stands.
-    pub async fn prepare_snapshot(&self) -> Result<Farewell, GuestError> {
+    /// frozen, file systems synced.
+    pub async fn prepare_snapshot(&self) -> Result<(), GuestError> {
         const WHAT: &str = "to be quiet for a snapshot (/snapshot/prepare)";
         self.last_call(WHAT, "/snapshot/prepare").await
     }
@@ -316,7 +316,7 @@ impl Guest {
     /// Goes through what quiescing costs, without its effects.
     pub async fn rehearse_snapshot(&self) -> Result<(), GuestError> {
         const WHAT: &str = "to rehearse a snapshot (/snapshot/rehearse)";
-        self.last_call(WHAT, "/snapshot/rehearse").await.map(drop)
+        self.last_call(WHAT, "/snapshot/rehearse").await
     }
 
     /// Has a quiesced guest go on, when there was no freeze or its machine lives on. One that
@@ -352,7 +352,7 @@ impl Guest {
     }
 
     /// The same over a connection of its own, whose end in the guest is closed afterwards.
-    async fn last_call(&self, what: &'static str, path: &str) -> Result<Farewell, GuestError> {
+    async fn last_call(&self, what: &'static str, path: &str) -> Result<(), GuestError> {
         let request = self.request(Method::POST, path).body(full(""));
         let request = request.map_err(|e| GuestError::Broken {
             what,
@@ -367,7 +367,8 @@ impl Guest {
                         cause: chain(&*e),
                     })?;
             accepted(what, answer).await?;
-            Ok(farewell.seen_off().await)
+            farewell.seen_off().await;
+            Ok(())
         })
         .await
     }

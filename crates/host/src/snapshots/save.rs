@@ -246,7 +246,7 @@ impl Saver<'_> {
     ) -> Result<Draft, SandboxError> {
         let mut clock = Instant::now();
         let quiet = machine.guest.prepare_snapshot().await;
-        let _until_it_stands = quiet.map_err(|error| match error {
+        quiet.map_err(|error| match error {
             GuestError::Refused { .. } => SandboxError::Guest(error),
             GuestError::Unreachable { .. } | GuestError::Broken { .. } => {
                 SandboxError::Unresponsive(error)

@@ -208,10 +208,9 @@ async fn save(
     let started = Instant::now();
     warm(&booted.guest, WarmUp::TEMPLATE).await.map_err(guest)?;
     tracing::info!(name, ms = started.elapsed().as_millis(), "warmed");
-    let farewell = booted.guest.prepare_snapshot().await.map_err(guest)?;
+    booted.guest.prepare_snapshot().await.map_err(guest)?;
     let vmm = |e: VmmError| TemplateError::machine(name, shape, e);
     booted.vm.stop().await.map_err(vmm)?;
-    drop(farewell);
     let write = |source| TemplateError::Write {
         path: path.to_owned(),
         source,
