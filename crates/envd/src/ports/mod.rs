@@ -354,4 +354,35 @@ mod tests {
         ports.stop().await;
         ports.stop().await;
     }
+
+    #[tokio::test]
+    async fn g25_after_a_restore_the_first_look_waits_where_nothing_was_relayed() {
+        let ports = Ports::new(Settings {
+            address: None,
+            own_port: 1,
+        });
+        ports.start().await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let seen = || ports.list().iter().any(|open| open.port == port);
+        let seen_within = async |time| {
+            let until = Instant::now() + time;
+            while !seen() && Instant::now() < until {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            seen()
+        };
+        assert!(seen_within(3 * INTERVAL).await);
+        ports.stop().await;
+        drop(listener);
+        ports.restart().await;
+        tokio::time::sleep(INTERVAL / 3).await;
+        assert!(seen(), "it is as it was until it is looked at");
+        let gone = Instant::now();
+        while seen() {
+            assert!(gone.elapsed() < 3 * INTERVAL, "never looked at again");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        ports.stop().await;
+    }
 }

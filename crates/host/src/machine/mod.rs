@@ -214,13 +214,18 @@ impl LiveMachine {
         }
         drop(vm);
         page_server::ended(&folder).await;
-        if let Err(error) = files::remove_folder(&folder).await {
+        let name = name_of(&folder);
+        let (folder, group, ()) = tokio::join!(
+            files::remove_folder(&folder),
+            site.cgroups.remove(&name),
+            site.slots.give_back(slot),
+        );
+        if let Err(error) = folder {
             tracing::error!(%error, "the machine's folder stays");
         }
-        if let Err(error) = site.cgroups.remove(&name_of(&folder)).await {
+        if let Err(error) = group {
             tracing::error!(%error, "the machine's control group stays");
         }
-        site.slots.give_back(slot).await;
     }
 
     /// Takes over the machine of an earlier agent; `None` when its VM is dead.

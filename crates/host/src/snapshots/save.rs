@@ -1,7 +1,7 @@
 //! Saving a machine that lives: the one operation behind pause, snapshot, checkpoint and fork.
 //!
 //! ```text
-//!  new layer, journal ─▶ guest quiet ─▶ VM stopped ─▶ memory, devices ─▶ disk switched ─┐
+//!  new layer, journal ─▶ guest quiet ─▶ VM stopped ─▶ memory, devices │ disk switched ──┐
 //!                        └────────── the guest stands still ─────────────────────────┐  │
 //!     Then::GoOn: thawed here, and the disk is read and all of it made last ◀────────┴──┤
 //!     Then::Stay: it stands until the caller has ended or thawed it ◀───────────────────┘
@@ -238,7 +238,7 @@ impl Saver<'_> {
     async fn freeze(
         &self,
         machine: &LiveMachine,
-        mut draft: Draft,
+        draft: Draft,
         lies_on: Option<LiesOn>,
         new_top: &Path,
         switched: &mut bool,
@@ -253,31 +253,38 @@ impl Saver<'_> {
             }
         })?;
         phases.note("quiesce", &mut clock);
-        if let Some(lies_on) = lies_on {
-            let saved = machine.vm.save_delta().await.map_err(MachineError::from)?;
-            phases.note("stop", &mut clock);
+        let saved = match lies_on {
+            Some(lies_on) => {
+                let saved = machine.vm.save_delta().await;
+                Some((lies_on, saved.map_err(MachineError::from)?))
+            }
+            None => {
+                machine.vm.stop().await.map_err(MachineError::from)?;
+                None
+            }
+        };
+        phases.note("stop", &mut clock);
+        // From here on it may be: a switch can fail after it was done, and a layer that is noted
+        // and not used holds nothing, while one that is used and forgotten loses writes.
+        *switched = true;
+        let memory = async {
+            let Some((lies_on, saved)) = saved else {
+                return Ok(draft);
+            };
             let template = self.template.clone();
             let written = tokio::task::spawn_blocking(move || {
                 write_machine(draft, lies_on, &template, saved)
             });
-            draft = match written.await {
-                Ok(draft) => draft?,
-                Err(join) => return Err(SandboxError::Broken(join.to_string())),
-            };
-            phases.note("memory", &mut clock);
-        } else {
-            machine.vm.stop().await.map_err(MachineError::from)?;
-            phases.note("stop", &mut clock);
-        }
-        // From here on it may be: a switch can fail after it was done, and a layer that is noted
-        // and not used holds nothing, while one that is used and forgotten loses writes.
-        *switched = true;
-        machine
-            .vm
-            .switch_disk_layer(new_top)
-            .await
-            .map_err(MachineError::from)?;
-        phases.note("disk", &mut clock);
+            match written.await {
+                Ok(draft) => draft,
+                Err(join) => Err(SandboxError::Broken(join.to_string())),
+            }
+        };
+        // At once, and each to its end: what is half switched is nobody's.
+        let (draft, disk) = tokio::join!(memory, machine.vm.switch_disk_layer(new_top));
+        disk.map_err(MachineError::from)?;
+        let draft = draft?;
+        phases.note("memory-and-disk", &mut clock);
         Ok(draft)
     }
 
