@@ -27,6 +27,8 @@ const INIT_PATIENCE: Duration = Duration::from_secs(20);
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// A monitor is started to stand by so long after it was seen that one is lacking.
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
+/// What a guest is given to notice that its connections are closed.
+const SETTLES: Duration = Duration::from_millis(30);
 
 /// Waiting machines.
 pub struct Pool {
@@ -215,6 +217,10 @@ impl Pool {
             machine.guest.init(&identity, &token, patience).await?;
             machine.guest.set_token(Some(token));
             warm(&machine.guest, WarmUp::POOL).await?;
+            // No connection lasts across the stop (G26): who waits holds none, and has put its
+            // end away, lest it be busy with that when it is wanted.
+            machine.reset_guest();
+            tokio::time::sleep(SETTLES).await;
             machine.vm.stop().await?;
             Ok::<(), MachineError>(())
         };
@@ -226,8 +232,6 @@ impl Pool {
         };
         match prepared {
             Ok(()) => {
-                // No connection lasts across the stop (G26): who waits holds none.
-                machine.reset_guest();
                 tracing::debug!(took_ms = started.elapsed().as_millis(), "a machine waits");
                 Ok(machine)
             }

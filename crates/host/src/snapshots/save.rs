@@ -21,7 +21,9 @@ use wrenn_snapshot::{
     Compression, Description, Draft, Import, Memory, Origin, Snapshot, SnapshotError, SnapshotId,
     Vmm, pages_of,
 };
-use wrenn_vmm::{DeltaPages, Fingerprint, LayerFormat, Run, SavedDelta, layers_in, left_layer};
+use wrenn_vmm::{
+    DeltaPages, Fingerprint, LayerFormat, Run, SavedDelta, VmmError, layers_in, left_layer,
+};
 
 use super::{
     LABEL_DISK_MIB, LABEL_NAME, LABEL_SANDBOX, LABEL_TEMPLATE, Scope, Snapshots, TemplateBase,
@@ -267,6 +269,7 @@ impl Saver<'_> {
         // From here on it may be: a switch can fail after it was done, and a layer that is noted
         // and not used holds nothing, while one that is used and forgotten loses writes.
         *switched = true;
+        let (mut of_memory, mut of_disk) = (Phases::default(), Phases::default());
         let memory = async {
             let Some((lies_on, saved)) = saved else {
                 return Ok(draft);
@@ -275,17 +278,23 @@ impl Saver<'_> {
             let written = tokio::task::spawn_blocking(move || {
                 write_machine(draft, lies_on, &template, saved)
             });
-            match written.await {
-                Ok(draft) => draft,
-                Err(join) => Err(SandboxError::Broken(join.to_string())),
-            }
+            let draft = match written.await {
+                Ok(draft) => draft?,
+                Err(join) => return Err(SandboxError::Broken(join.to_string())),
+            };
+            of_memory.note("memory", &mut { clock });
+            Ok(draft)
+        };
+        let disk = async {
+            machine.vm.switch_disk_layer(new_top).await?;
+            of_disk.note("disk", &mut { clock });
+            Ok::<_, VmmError>(())
         };
         // At once, and each to its end: what is half switched is nobody's.
-        let (draft, disk) = tokio::join!(memory, machine.vm.switch_disk_layer(new_top));
+        let (draft, disk) = tokio::join!(memory, disk);
+        phases.0.extend(of_memory.0.into_iter().chain(of_disk.0));
         disk.map_err(MachineError::from)?;
-        let draft = draft?;
-        phases.note("memory-and-disk", &mut clock);
-        Ok(draft)
+        draft
     }
 
     /// What is said of a save; `here` is what a machine is taken to run in whose record does not
