@@ -191,6 +191,10 @@ mod tests {
         };
         let kept = source();
         assert!(kept.read().is_some());
+        let stale = FwCfg::new(dir.clone());
+        // A folder can be opened and not read, like a file whose module is gone.
+        *stale.kept.lock().unwrap() = Some(File::open("/").unwrap());
+        assert!(stale.read().is_ok(), "it is opened anew");
         std::fs::write(&dir, b"{}").unwrap();
         assert!(kept.read().is_none(), "it is read anew");
         std::fs::remove_file(&dir).unwrap();
