@@ -345,17 +345,21 @@ mod tests {
         }
     }
 
-    /// A private mapping of sealed memory in this very process, whose pages 1 and 3 (of 8
-    /// each) hold data.
+    /// Pages of the memory below: if every other is written, more regions than the kernel tells
+    /// of at once, and many more than it collects at once.
+    const MANY: usize = 64 + 2 * (REGIONS + 700);
+
+    /// A private mapping of sealed memory in this very process, of whose first 64 pages the
+    /// pages 1 and 3 (of 8 each) hold data; and what these 64 hold.
     fn mapped() -> (GuestMemory, Vec<u8>) {
-        let memory = MemoryFile::create(64 * PAGE as u64).unwrap();
+        let memory = MemoryFile::create((MANY * PAGE) as u64).unwrap();
         let mut model = vec![0; 64 * PAGE];
         for page in (0..64).filter(|page| page % 8 == 1 || page % 8 == 3) {
             model[page * PAGE..(page + 1) * PAGE].fill(page as u8);
         }
         memory.write_for_tests(&model);
         let sealed = memory.seal().unwrap();
-        kernel::map_privately(&sealed.share().unwrap(), 64 * PAGE).unwrap();
+        kernel::map_privately(&sealed.share().unwrap(), MANY * PAGE).unwrap();
         let pid = std::process::id();
         let memory = GuestMemory::open(identify(pid).unwrap()).unwrap();
         (memory, model)
@@ -366,7 +370,7 @@ mod tests {
     fn what_is_written_is_found_by_both_ways_and_reads_back() {
         let (memory, model) = mapped();
         let model = std::cell::RefCell::new((model, std::collections::BTreeSet::new()));
-        assert_eq!(memory.pages(), 64);
+        assert_eq!(memory.pages(), MANY as u64);
         assert_eq!(memory.written().unwrap(), []);
         let page = (0u64..64, 1usize..6, any::<u8>());
         let steps = proptest::collection::vec(page, 1..6);
@@ -378,7 +382,7 @@ mod tests {
                     let range = first as usize..(first as usize + count);
                     let bytes = vec![byte; count * PAGE];
                     if range.end > 64 {
-                        let outside = memory.write(first, &bytes);
+                        let outside = memory.write(first + MANY as u64 - 64, &bytes);
                         prop_assert!(
                             matches!(outside, Err(DeltaError::Outside { .. })),
                             "written"
@@ -400,6 +404,19 @@ mod tests {
                 Ok(())
             })
             .unwrap();
+        let mut written: Vec<_> = model.into_inner().1.into_iter().collect();
+        for page in (65..MANY).step_by(2) {
+            memory.write(page as u64, &[7; PAGE]).unwrap();
+            written.push(page);
+            // Where the kernel's own buffer has just become full, and in between.
+            if page % 64 != 1 && page + 2 < MANY {
+                continue;
+            }
+            let scanned = memory.scan().unwrap();
+            let found = scanned.iter().flat_map(|range| range.first..range.end());
+            assert!(found.map(|page| page as usize).eq(written.iter().copied()));
+        }
+        assert_eq!(memory.walk().unwrap(), memory.scan().unwrap());
         assert!(matches!(
             memory.read(0, &mut [0; 100]),
             Err(DeltaError::Ragged { .. })

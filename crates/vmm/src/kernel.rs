@@ -282,7 +282,14 @@ pub(crate) fn scan_written(
         )
     };
     let found = usize::try_from(found).map_err(|_| io::Error::last_os_error())?;
-    Ok((found.min(regions.len()), argument[WALK_END]))
+    // What the kernel says of where it ended cannot be relied on: it collects 512 regions at a
+    // time, and after several times and a last one without a full buffer it names the place where
+    // the last began (seen with 6.18). As long as there was room, it has seen all.
+    let walked = match regions.get(..found).and_then(<[_]>::last) {
+        Some(last) if found == regions.len() => last.end.max(argument[WALK_END]),
+        _ => addresses.end,
+    };
+    Ok((found.min(regions.len()), walked))
 }
 
 /// Maps a file privately, for good.
