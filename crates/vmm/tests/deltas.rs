@@ -17,7 +17,7 @@ use common::{SHAPE, Template, console_line, folder, qcow2, tick, vmm};
 use view::{Qmp, View};
 use wrenn_vmm::{
     Delta, DeltaError, DeltaPages, Firmware, LoadSpec, Machine, PageBuffer, PageRange, QemuVmm,
-    Run, RunState, Vmm, VmmError, create_overlay, state_file,
+    Run, RunState, Vmm, VmmError, create_overlay, merge_layers, state_file,
 };
 
 /// A saved clone, held in memory.
@@ -254,6 +254,26 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
         layers.push(top.clone());
         let next = dir.join(format!("disk{point}.qcow2"));
         create_overlay(&next, common::DISK_BYTES).unwrap();
+        if point > 0 {
+            // Another than the one in the end, which changes nothing.
+            let other = dir.join(format!("other{point}.qcow2"));
+            create_overlay(&other, common::DISK_BYTES).unwrap();
+            machine.add_disk_layer(&other).await.unwrap();
+            let mut opened = descriptors_on(pid, &other);
+            opened.sort_unstable();
+            assert_eq!(opened, [false, true, true]);
+            if point == 2 {
+                machine.forget_disk_layer(&next).await;
+                assert!(descriptors_on(pid, &other).contains(&true));
+                let files = open_files(pid);
+                machine.forget_disk_layer(&other).await;
+                assert!(descriptors_on(pid, &other).is_empty());
+                // Three of its own, and one for writing to the top.
+                assert_eq!(open_files(pid), files - 4);
+            }
+            machine.add_disk_layer(&next).await.unwrap();
+            assert!(descriptors_on(pid, &other).is_empty());
+        }
         let began = Instant::now();
         let saved = Saved::of(&machine, layers.clone()).await;
         let switching = Instant::now();
@@ -314,18 +334,66 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
     // Two more for each new layer: it, and the same for reading only.
     assert_eq!(opened[2] - opened[1], 2, "{opened:?}");
 
-    // On a running machine too, and by an agent that did not start it.
+    // On a running machine too, and by an agent that did not start it; also where that one had
+    // got another layer ready and did not live to switch to it.
+    let unused = dir.join("unused.qcow2");
+    create_overlay(&unused, common::DISK_BYTES).unwrap();
+    machine.add_disk_layer(&unused).await.unwrap();
     drop(machine);
     let machine = vmm.adopt(&dir).await.unwrap().unwrap();
+    assert!(descriptors_on(pid, &unused).contains(&true));
     let next = dir.join("running.qcow2");
     create_overlay(&next, common::DISK_BYTES).unwrap();
     machine.switch_disk_layer(&next).await.unwrap();
+    assert!(descriptors_on(pid, &unused).is_empty());
+    assert_eq!(descriptors_on(pid, &next), [false, true]);
     assert_eq!(*machine.run_state().borrow(), RunState::Running);
     assert!(!descriptors_on(pid, &top).contains(&true));
     let content = fs::read(&top).unwrap();
     let now = rounds(&machine, 1).await;
     rounds(&machine, now + 3).await;
     assert!(fs::read(&top).unwrap() == content);
+
+    // Merged, they are the same disk.
+    layers.push(top.clone());
+    let merged = dir.join("merged.qcow2");
+    let replaced = &layers[1..];
+    let open: Vec<_> = replaced
+        .iter()
+        .map(|it| fs::File::open(it).unwrap())
+        .collect();
+    let open: Vec<_> = open.iter().collect();
+    merge_layers(&open, &merged, &mut |_| true).unwrap();
+    let files = open_files(pid);
+    for (count, kept) in [(replaced.len() - 1, 2), (replaced.len(), 1), (0, 0)] {
+        let wrong = machine
+            .replace_layers(count, kept, std::slice::from_ref(&merged))
+            .await;
+        let wrong = wrong.unwrap_err().to_string();
+        assert!(
+            wrong.contains("has 7 layers") && wrong.contains("as it was"),
+            "{wrong}"
+        );
+    }
+    assert_eq!(open_files(pid), files);
+    let other = [dir.join("small.qcow2"), dir.join("missing.qcow2")];
+    create_overlay(&other[0], common::DISK_BYTES).unwrap();
+    let missing = machine.replace_layers(replaced.len(), 2, &other).await;
+    assert!(matches!(missing, Err(VmmError::File { .. })), "{missing:?}");
+    fs::remove_file(&other[0]).unwrap();
+    assert_eq!(open_files(pid), files);
+    let replacing = machine.replace_layers(replaced.len(), 2, std::slice::from_ref(&merged));
+    replacing.await.unwrap();
+    assert!(open_files(pid) < files);
+    for layer in replaced {
+        assert!(
+            descriptors_on(pid, layer).is_empty(),
+            "{layer:?} is still open"
+        );
+    }
+    assert!(!descriptors_on(pid, &merged).contains(&true));
+    let now = rounds(&machine, 1).await;
+    rounds(&machine, now + 3).await;
 
     // A layer that cannot be used changes nothing.
     let files = open_files(pid);
@@ -341,6 +409,8 @@ async fn a_clone_is_saved_while_it_goes_on_and_forked_from_there() {
         let error = machine.switch_disk_layer(&layer).await.unwrap_err();
         assert!(matches!(error, VmmError::DiskLayer { .. }), "{error:?}");
         assert!(error.to_string().contains("as it was"), "{error}");
+        let ahead = machine.add_disk_layer(&layer).await.unwrap_err();
+        assert_eq!(ahead.to_string(), error.to_string());
     }
     let missing = machine.switch_disk_layer(Path::new("/nonexistent")).await;
     assert!(matches!(missing, Err(VmmError::File { .. })));

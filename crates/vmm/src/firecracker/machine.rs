@@ -395,6 +395,16 @@ impl Machine for FirecrackerMachine {
         switched
     }
 
+    async fn replace_layers(
+        &self,
+        _replaced: usize,
+        _kept: usize,
+        _layers: &[PathBuf],
+    ) -> Result<(), VmmError> {
+        let why = "each of Firecracker's layers is a whole disk, and lies on none that is merged";
+        Err(VmmError::Spec(why.into()))
+    }
+
     fn written_layer(&self, layers: &[PathBuf]) -> Result<usize, VmmError> {
         let vmm = self.process.pids().vmm;
         let written = match self.disk.written_by_kernel() {

@@ -180,14 +180,15 @@ impl Plan<'_> {
         let top = self.disk.len().saturating_sub(1);
         for (level, image) in self.disk.iter().enumerate() {
             let set = image.fd.0;
+            let name = disk_name(level);
             match image.spare {
-                None => args.put("-add-fd", format!("fd={set},set={set}")),
+                None => args.put("-add-fd", format!("fd={set},set={set},opaque={name}")),
                 Some(spare) => {
+                    let (fd, label) = (spare.0, spare_of(&name));
                     args.put("-add-fd", format!("fd={set},set={set},opaque={TRANSIENT}"));
-                    args.put("-add-fd", format!("fd={},set={set},opaque=spare", spare.0));
+                    args.put("-add-fd", format!("fd={fd},set={set},opaque={label}"));
                 }
             }
-            let name = disk_name(level);
             let mut node = disk_node(&name, image.format, set, image.spare.is_some());
             if level > 0 {
                 node["backing"] = json!(disk_name(level - 1));
@@ -213,6 +214,15 @@ pub(super) const DISK_ID: &str = "disk";
 pub(super) fn disk_name(level: usize) -> String {
     format!("disk{level}")
 }
+
+/// Label of the descriptor for reading only of a layer that was, or is, the top. Those of other
+/// layers are labelled with the layer's name.
+pub(super) fn spare_of(name: &str) -> String {
+    format!("{SPARE}-{name}")
+}
+
+/// How such labels begin.
+pub(super) const SPARE: &str = "spare";
 
 /// An image as QEMU's block layer takes it, opened from a set of descriptors.
 pub(super) fn disk_node(
@@ -324,7 +334,10 @@ mod tests {
         let text = plan(Start::Cold).join(" ");
         assert_eq!(text.matches(r#""node-name":"disk"#).count(), 3);
         assert_eq!(text.matches(r#""read-only":false"#).count(), 1);
-        assert!(text.contains("fd=11,set=11,opaque=transient -add-fd fd=13,set=11,opaque=spare"));
+        assert!(
+            text.contains("fd=11,set=11,opaque=transient -add-fd fd=13,set=11,opaque=spare-disk2")
+        );
+        assert!(text.contains("fd=9,set=9,opaque=disk0 ") && text.contains("opaque=disk1 "));
         assert!(text.contains(r#""backing":"disk1""#) && text.contains("drive=disk2,"));
         assert!(!plan(Start::Cold).contains(&"-incoming".to_string()));
     }

@@ -215,7 +215,8 @@ fn open_disk(disk: &DiskChain, fds: &mut Descriptors) -> Result<(Vec<Image>, Top
     let fd = fds.add(open(&disk.top, true)?);
     let top = TopLayer {
         level: images.len(),
-        set: fd.0,
+        // A descriptor's number.
+        set: fd.0.unsigned_abs().into(),
     };
     images.push(Image {
         fd,

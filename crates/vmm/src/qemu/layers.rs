@@ -4,31 +4,28 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde_json::json;
 
-use super::args::{DISK_ID, Format, disk_name, disk_node};
-use super::machine::QemuMachine;
-use super::save::{TRANSIENT, understand};
+use super::args::{DISK_ID, Format, disk_name, disk_node, spare_of};
+use super::graph::Graph;
+use super::machine::{QemuMachine, TopLayer};
+use super::save::{FdSet, TRANSIENT, understand};
 use crate::machine::RunState;
 use crate::qcow2::virtual_bytes;
 use crate::{DiskLimits, Machine, VmmError};
 
-/// A node of QEMU's block layer: an image, or the file beneath one.
-#[derive(Debug, Deserialize)]
-struct Node {
-    #[serde(rename = "node-name")]
-    name: String,
-    #[serde(rename = "ro")]
-    read_only: bool,
-    image: ImageInfo,
+/// A layer that QEMU has opened and the disk does not write to yet.
+#[derive(Debug)]
+pub(super) struct AddedLayer {
+    path: PathBuf,
+    /// Its number in the chain once it is the top.
+    level: usize,
+    /// The set of descriptors that is its file.
+    set: u64,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct ImageInfo {
-    virtual_size: u64,
-}
+/// What is under way when a layer is opened or switched to.
+const ADDING: &str = "adding a layer to its disk";
 
 impl QemuMachine {
     /// Limits what the guest reads and writes per second, of its own and apart from what the host
@@ -48,8 +45,57 @@ impl QemuMachine {
             .map(drop)
     }
 
+    /// See [`Machine::add_disk_layer`].
+    pub(super) async fn add_layer(&self, path: &Path) -> Result<(), VmmError> {
+        let mut added = self.added_layer().await;
+        // Of one before, opening this one lets go.
+        *added = None;
+        *added = Some(self.open_layer(path).await?);
+        Ok(())
+    }
+
+    /// See [`Machine::forget_disk_layer`].
+    pub(super) async fn forget_layer(&self, path: &Path) {
+        let mut added = self.added_layer().await;
+        if let Some(layer) = added.take_if(|it| it.path == path) {
+            self.take_away(layer.level, layer.set).await;
+        }
+    }
+
     /// See [`Machine::switch_disk_layer`].
     pub(super) async fn put_layer(&self, path: &Path) -> Result<(), VmmError> {
+        let mut added = self.added_layer().await;
+        let layer = match added.take() {
+            Some(layer) if layer.path == path => layer,
+            _ => self.open_layer(path).await?,
+        };
+        let (old_name, new_name) = (disk_name(layer.level - 1), disk_name(layer.level));
+        let arguments = json!({ "node": old_name, "overlay": new_name });
+        let switched = self.command(ADDING, "blockdev-snapshot", arguments).await;
+        if let Err(error) = switched {
+            self.take_away(layer.level, layer.set).await;
+            return Err(as_it_was(path, error));
+        }
+        if self.graph().await?.writes(&old_name) != Some(false) {
+            return Err(VmmError::DiskLayer {
+                path: path.to_owned(),
+                why: "it was switched, but QEMU still writes to the old layer: do not share that"
+                    .into(),
+            });
+        }
+        self.put_transients_away().await;
+        Ok(())
+    }
+
+    /// Has QEMU close what it needs no more, now if that is possible.
+    async fn put_transients_away(&self) {
+        if *Machine::run_state(self).borrow() == RunState::Running {
+            self.close_transients().await;
+        }
+    }
+
+    /// Has QEMU open a layer, and close any that it has opened and not switched to.
+    async fn open_layer(&self, path: &Path) -> Result<AddedLayer, VmmError> {
         let open = |writable| {
             File::options()
                 .read(true)
@@ -66,60 +112,116 @@ impl QemuMachine {
             path: path.to_owned(),
             why,
         };
-        let nodes = self.disk_nodes().await?;
-        let old = top_level(&nodes).ok_or_else(|| failed("QEMU tells of no disk".into()))?;
-        let (old_name, new_name) = (disk_name(old), disk_name(old + 1));
+        let graph = self.graph().await?;
+        let top = graph.top();
+        let top = top.ok_or_else(|| failed("QEMU tells of no disk".into()))?;
+        for level in graph.unused(top) {
+            // As of an agent that did not live to switch to it.
+            self.close_layer(&disk_name(level)).await;
+        }
         // QEMU would go on with a disk of another size.
         let here = virtual_bytes(&spare)
             .map_err(|error| failed(format!("it cannot be read: {error}")))?
             .ok_or_else(|| failed("it is no qcow2 layer; the disk is as it was".into()))?;
-        let wanted = nodes.iter().find(|node| node.name == old_name);
-        if let Some(size) = wanted.map(|node| node.image.virtual_size)
+        if let Some(size) = self.disk_bytes().await?
             && size != here
         {
             return Err(failed(format!(
                 "it is for a disk of {here} bytes, and this one has {size}; the disk is as it was"
             )));
         }
+        self.reopen_for_writing(&disk_name(top)).await?;
         let set = self.add_fd(writable.as_fd(), None, TRANSIENT).await?;
-        self.add_fd(spare.as_fd(), Some(set), "spare").await?;
-        let mut node = disk_node(&new_name, Format::Qcow2, set, true);
+        let level = top + 1;
+        let label = spare_of(&disk_name(level));
+        self.add_fd(spare.as_fd(), Some(set), &label).await?;
+        let mut node = disk_node(&disk_name(level), Format::Qcow2, set, true);
         // It builds on what it is put on, not on what its header may name.
         node["backing"] = json!(null);
-        let doing = "adding a layer to its disk";
-        let added = self.command(doing, "blockdev-add", node).await;
-        let switched = match added {
-            Ok(_) => {
-                let arguments = json!({ "node": old_name, "overlay": new_name });
-                let result = self.command(doing, "blockdev-snapshot", arguments).await;
-                if result.is_err() {
-                    self.undo("blockdev-del", json!({ "node-name": new_name }))
+        if let Err(error) = self.command(ADDING, "blockdev-add", node).await {
+            self.undo("remove-fd", json!({ "fdset-id": set })).await;
+            self.put_transients_away().await;
+            return Err(as_it_was(path, error));
+        }
+        Ok(AddedLayer {
+            path: path.to_owned(),
+            level,
+            set,
+        })
+    }
+
+    /// Closes a layer that was opened and is no part of the disk.
+    async fn take_away(&self, level: usize, set: u64) {
+        let node = json!({ "node-name": disk_name(level) });
+        self.undo("blockdev-del", node).await;
+        self.undo("remove-fd", json!({ "fdset-id": set })).await;
+        self.put_transients_away().await;
+    }
+
+    /// The same of one that may be an earlier agent's, so that its set must be found.
+    async fn close_layer(&self, name: &str) {
+        self.undo("blockdev-del", json!({ "node-name": name }))
+            .await;
+        match self.sets().await {
+            Ok(sets) => {
+                for set in sets.iter().filter(|set| set.is_of(name)) {
+                    self.undo("remove-fd", json!({ "fdset-id": set.id() }))
                         .await;
                 }
-                result
             }
-            Err(error) => Err(error),
+            Err(error) => tracing::warn!(%error, name, "files of a closed disk layer stay open"),
+        }
+    }
+
+    /// Gives QEMU another descriptor for writing to the top, which had one and has put it away:
+    /// where layers below it were replaced, QEMU 7.2 opens it once more for the switch.
+    async fn reopen_for_writing(&self, top: &str) -> Result<(), VmmError> {
+        let pid = Machine::pids(self).vmm.pid;
+        let sets = self.sets().await?;
+        let set = sets.iter().find(|set| set.is_of(top));
+        let Some((set, fd)) = set.and_then(|set| Some((set.id(), set.spare()?))) else {
+            // Of an earlier version, which did not replace layers.
+            return Ok(());
         };
-        if let Err(error) = switched {
-            self.undo("remove-fd", json!({ "fdset-id": set })).await;
-            return Err(match error {
-                VmmError::Qmp { source, .. } => failed(format!("{source}; the disk is as it was")),
-                other => other,
-            });
+        let path = PathBuf::from(format!("/proc/{pid}/fd/{fd}"));
+        let file = File::options().read(true).write(true).open(&path);
+        let file = file.map_err(|source| VmmError::File {
+            what: "cannot open the disk",
+            path,
+            source,
+        })?;
+        self.add_fd(file.as_fd(), Some(set), TRANSIENT)
+            .await
+            .map(drop)
+    }
+
+    async fn graph(&self) -> Result<Graph, VmmError> {
+        let doing = "telling the layers of its disk";
+        let answer = self
+            .command(doing, "x-debug-query-block-graph", json!({}))
+            .await?;
+        understand(doing, answer)
+    }
+
+    /// Size of the disk as the guest sees it: what the layers say that QEMU has open.
+    async fn disk_bytes(&self) -> Result<Option<u64>, VmmError> {
+        let known = self.known_disk_bytes();
+        if let Some(bytes) = known.get() {
+            return Ok(Some(*bytes));
         }
-        let nodes = self.disk_nodes().await?;
-        if !nodes
-            .iter()
-            .any(|node| node.name == old_name && node.read_only)
-        {
-            return Err(failed(
-                "it was switched, but QEMU still writes to the old layer: do not share that".into(),
-            ));
+        let pid = Machine::pids(self).vmm.pid;
+        let failed = |source| VmmError::Process {
+            what: "a layer of the disk",
+            pid,
+            source,
+        };
+        for fd in self.sets().await?.iter().filter_map(FdSet::spare) {
+            let layer = File::open(format!("/proc/{pid}/fd/{fd}")).map_err(failed)?;
+            if let Some(bytes) = virtual_bytes(&layer).map_err(failed)? {
+                return Ok(Some(*known.get_or_init(|| bytes)));
+            }
         }
-        if *Machine::run_state(self).borrow() == RunState::Running {
-            self.close_transients().await;
-        }
-        Ok(())
+        Ok(None)
     }
 
     /// Puts layers, lowest first, right below the top of a machine that stands by and has
@@ -132,35 +234,108 @@ impl QemuMachine {
             path: highest.clone(),
             why: "this machine does not stand by any more".into(),
         })?;
+        let below = disk_name(top.level - 1);
+        self.put_between(&below, layers, top, 0).await
+    }
+
+    /// See [`Machine::replace_layers`].
+    pub(super) async fn replace_below_top(
+        &self,
+        replaced: usize,
+        kept: usize,
+        layers: &[PathBuf],
+    ) -> Result<(), VmmError> {
+        let failed = |why: String| VmmError::DiskLayer {
+            path: layers.last().cloned().unwrap_or_default(),
+            why: format!("{why}; the disk is as it was"),
+        };
+        // Nothing is opened or switched to meanwhile.
+        let _added = self.added_layer().await;
+        let graph = self.graph().await?;
+        let chain = graph.chain();
+        if kept == 0 || chain.len() != 1 + replaced + kept {
+            return Err(failed(format!(
+                "the disk has {} layers, and {replaced} between its top and the lowest {kept} \
+                 were to be replaced",
+                chain.len()
+            )));
+        }
+        let (old, below) = (&chain[1..=replaced], chain[1 + replaced]);
+        let sets = self.sets().await?;
+        let set = sets.iter().find(|set| set.is_of(chain[0]));
+        let top = graph.top().zip(set.map(FdSet::id));
+        let (level, set) = top.ok_or_else(|| {
+            failed("its top was opened by an earlier version, which did not name it".into())
+        })?;
+        let round = (0..).find(|round| !graph.has(&put_name(*round, 0)));
+        let round = round.unwrap_or_default();
+        self.put_between(below, layers, TopLayer { level, set }, round)
+            .await?;
+        for name in old {
+            self.undo("blockdev-del", json!({ "node-name": name }))
+                .await;
+        }
+        for set in sets
+            .iter()
+            .filter(|set| old.iter().any(|name| set.is_of(name)))
+        {
+            self.undo("remove-fd", json!({ "fdset-id": set.id() }))
+                .await;
+        }
+        Ok(())
+    }
+
+    /// Has the top lie on these layers, lowest first, and the lowest on the node `below`; `round`
+    /// tells them from others that were put there.
+    async fn put_between(
+        &self,
+        below: &str,
+        layers: &[PathBuf],
+        top: TopLayer,
+        round: usize,
+    ) -> Result<(), VmmError> {
         let doing = "putting layers below its disk's top";
-        let mut below = disk_name(top.level - 1);
-        for (number, path) in layers.iter().enumerate() {
-            let file = File::open(path).map_err(|source| VmmError::File {
+        let open = |path: &PathBuf| {
+            File::open(path).map_err(|source| VmmError::File {
                 what: "cannot open the disk",
                 path: path.clone(),
                 source,
-            })?;
-            let set = self.add_fd(file.as_fd(), None, "layer").await?;
-            // No number as the others have: the top stays the highest.
-            let name = format!("inserted{number}");
-            let mut node = disk_node(&name, Format::Qcow2, set, false);
-            node["backing"] = json!(below);
-            self.command(doing, "blockdev-add", node).await?;
-            below = name;
+            })
+        };
+        let files = layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let (mut sets, mut added) = (Vec::with_capacity(files.len()), false);
+        let put = async {
+            let mut backing = json!(below);
+            let mut highest = backing.clone();
+            for (number, file) in files.iter().enumerate() {
+                let name = put_name(round, number);
+                let set = self.add_fd(file.as_fd(), None, &name).await?;
+                sets.push(set);
+                let mut node = disk_node(&name, Format::Qcow2, set, false);
+                node["backing"] = backing;
+                (backing, highest) = (node, json!(name));
+            }
+            if !files.is_empty() {
+                // All at once: QEMU takes as long for one as for several.
+                self.command(doing, "blockdev-add", backing).await?;
+                added = true;
+            }
+            let mut node = disk_node(&disk_name(top.level), Format::Qcow2, top.set, true);
+            node["backing"] = highest;
+            self.command(doing, "blockdev-reopen", json!({ "options": [node] }))
+                .await
+        };
+        let put = put.await;
+        if put.is_err() {
+            for number in (0..sets.len()).rev().filter(|_| added) {
+                let node = json!({ "node-name": put_name(round, number) });
+                self.undo("blockdev-del", node).await;
+            }
+            for set in sets {
+                self.undo("remove-fd", json!({ "fdset-id": set })).await;
+            }
         }
-        let mut node = disk_node(&disk_name(top.level), Format::Qcow2, top.set, true);
-        node["backing"] = json!(below);
-        self.command(doing, "blockdev-reopen", json!({ "options": [node] }))
-            .await
-            .map(drop)
-    }
-
-    async fn disk_nodes(&self) -> Result<Vec<Node>, VmmError> {
-        let doing = "telling the layers of its disk";
-        let answer = self
-            .command(doing, "query-named-block-nodes", json!({ "flat": true }))
-            .await?;
-        understand(doing, answer)
+        put.map(drop)
     }
 
     /// Takes back a step of a switch that failed. What is reported is that failure: what
@@ -172,28 +347,18 @@ impl QemuMachine {
     }
 }
 
-/// Level of the highest layer.
-fn top_level(nodes: &[Node]) -> Option<usize> {
-    let levels = nodes.iter().filter_map(|node| {
-        let level = node.name.strip_prefix("disk")?;
-        level.parse().ok()
-    });
-    levels.max()
+/// Name of a layer that was put below the top. It has no level, as what is or was the top has.
+fn put_name(round: usize, number: usize) -> String {
+    format!("below{round}-{number}")
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_top_is_the_highest_number_not_the_last_in_order() {
-        let node = |name: &str| Node {
-            name: name.into(),
-            read_only: false,
-            image: ImageInfo { virtual_size: 512 },
-        };
-        let nodes = ["disk9", "#block123", "disk10", "disk0", "diskette", "disk"].map(node);
-        assert_eq!(top_level(&nodes), Some(10));
-        assert_eq!(top_level(&nodes[1..2]), None);
+/// What of a switch failed that QEMU refused before it had done anything.
+fn as_it_was(path: &Path, error: VmmError) -> VmmError {
+    match error {
+        VmmError::Qmp { source, .. } => VmmError::DiskLayer {
+            path: path.to_owned(),
+            why: format!("{source}; the disk is as it was"),
+        },
+        other => other,
     }
 }

@@ -3,14 +3,16 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
 
 use super::launch;
+use super::layers::AddedLayer;
 use crate::machine::{ExitReason, MachinePids, MemoryUse, RunState, SavedState};
 use crate::qmp::{Migration, Qmp, QmpError};
 use crate::record::Monitor;
@@ -26,7 +28,7 @@ pub(super) struct TopLayer {
     /// Its number in the chain; the base has 0.
     pub(super) level: usize,
     /// The set of descriptors that is its file.
-    pub(super) set: i32,
+    pub(super) set: u64,
 }
 
 /// A machine in QEMU.
@@ -38,6 +40,11 @@ pub(super) struct QemuMachine {
     transients: AtomicBool,
     /// The layer it was started with on top; `None` when an earlier agent started it.
     top_at_start: Option<TopLayer>,
+    added_layer: tokio::sync::Mutex<Option<AddedLayer>>,
+    /// Where its firmware is in its address space, once that was asked.
+    firmware_at: OnceCell<u64>,
+    /// Size of the guest's disk, once that was asked.
+    disk_bytes: OnceLock<u64>,
 }
 
 impl QemuMachine {
@@ -62,6 +69,9 @@ impl QemuMachine {
                 patience,
                 transients: AtomicBool::new(false),
                 top_at_start: Some(top),
+                added_layer: tokio::sync::Mutex::default(),
+                firmware_at: OnceCell::new(),
+                disk_bytes: OnceLock::new(),
             }),
             Err(source) => {
                 let killed = process.shoot();
@@ -117,6 +127,9 @@ impl QemuMachine {
             // The earlier agent may have died before it saw to that.
             transients: AtomicBool::new(true),
             top_at_start: None,
+            added_layer: tokio::sync::Mutex::default(),
+            firmware_at: OnceCell::new(),
+            disk_bytes: OnceLock::new(),
         };
         if *machine.qmp.run_state().borrow() == RunState::Running {
             machine.close_transients().await;
@@ -201,6 +214,19 @@ impl QemuMachine {
 
     pub(super) fn top_at_start(&self) -> Option<TopLayer> {
         self.top_at_start
+    }
+
+    /// The layer that was opened for the next switch.
+    pub(super) async fn added_layer(&self) -> tokio::sync::MutexGuard<'_, Option<AddedLayer>> {
+        self.added_layer.lock().await
+    }
+
+    pub(super) fn known_disk_bytes(&self) -> &OnceLock<u64> {
+        &self.disk_bytes
+    }
+
+    pub(super) fn known_firmware_address(&self) -> &OnceCell<u64> {
+        &self.firmware_at
     }
 
     /// How it ended, if it is about to.
@@ -320,8 +346,25 @@ impl Machine for QemuMachine {
         self.save_changes().await
     }
 
+    async fn add_disk_layer(&self, top: &Path) -> Result<(), VmmError> {
+        self.add_layer(top).await
+    }
+
     async fn switch_disk_layer(&self, top: &Path) -> Result<(), VmmError> {
         self.put_layer(top).await
+    }
+
+    async fn forget_disk_layer(&self, top: &Path) {
+        self.forget_layer(top).await;
+    }
+
+    async fn replace_layers(
+        &self,
+        replaced: usize,
+        kept: usize,
+        layers: &[PathBuf],
+    ) -> Result<(), VmmError> {
+        self.replace_below_top(replaced, kept, layers).await
     }
 
     /// A layer that was not switched to holds nothing, so it may as well be counted.

@@ -5,6 +5,7 @@
 //! share. QEMU opens no path: all comes as descriptors, so that a saved state names none.
 
 mod args;
+mod graph;
 mod jail;
 mod launch;
 mod layers;

@@ -91,8 +91,9 @@ impl QemuMachine {
             "migrate-set-parameters",
             json!({ "announce-rounds": 1 }),
         )
-        .await
-        .map(drop)
+        .await?;
+        // Wanted when somebody waits.
+        self.firmware_address().await.map(drop)
     }
 
     /// See [`crate::Machine::load`].

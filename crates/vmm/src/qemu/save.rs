@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::args::{SPARE, spare_of};
 use super::machine::QemuMachine;
 use crate::delta::{
     ChangedPages, DeltaError, FIRMWARE_BYTES, Firmware, SaveTimes, SavedDelta, Source,
@@ -39,9 +40,10 @@ struct AddedFd {
     fdset_id: u64,
 }
 
+/// Descriptors that QEMU opens as `/dev/fdset/{id}`.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct FdSet {
+pub(super) struct FdSet {
     fdset_id: u64,
     fds: Vec<FdInSet>,
 }
@@ -50,6 +52,30 @@ struct FdSet {
 struct FdInSet {
     fd: i64,
     opaque: Option<String>,
+}
+
+impl FdSet {
+    pub(super) fn id(&self) -> u64 {
+        self.fdset_id
+    }
+
+    fn labels(&self) -> impl Iterator<Item = (&str, i64)> {
+        let fds = self.fds.iter();
+        fds.filter_map(|fd| Some((fd.opaque.as_deref()?, fd.fd)))
+    }
+
+    /// Whether it is the file of the layer of this name.
+    pub(super) fn is_of(&self, name: &str) -> bool {
+        let spare = spare_of(name);
+        self.labels()
+            .any(|(label, _)| label == name || label == spare)
+    }
+
+    /// Number of the descriptor for reading of what is or was the top.
+    pub(super) fn spare(&self) -> Option<i64> {
+        let mut labels = self.labels();
+        labels.find_map(|(label, fd)| label.starts_with(SPARE).then_some(fd))
+    }
 }
 
 impl QemuMachine {
@@ -145,8 +171,16 @@ impl QemuMachine {
         Ok(state)
     }
 
-    /// Where the firmware segment is in QEMU's address space.
+    /// Where the firmware segment is in QEMU's address space: there from its start to its end.
     pub(super) async fn firmware_address(&self) -> Result<u64, VmmError> {
+        let known = self.known_firmware_address();
+        known
+            .get_or_try_init(|| self.locate_firmware())
+            .await
+            .copied()
+    }
+
+    async fn locate_firmware(&self) -> Result<u64, VmmError> {
         let first = self.host_address(FIRMWARE_AT).await?;
         let last = FIRMWARE_AT + FIRMWARE_BYTES as u64 - 1;
         if self.host_address(last).await?.checked_sub(first) != Some(FIRMWARE_BYTES as u64 - 1) {
@@ -192,6 +226,13 @@ impl QemuMachine {
         Ok(added.fdset_id)
     }
 
+    /// All sets of descriptors that QEMU has.
+    pub(super) async fn sets(&self) -> Result<Vec<FdSet>, VmmError> {
+        let doing = "telling its descriptors";
+        let sets = self.command(doing, "query-fdsets", json!({})).await?;
+        understand(doing, sets)
+    }
+
     /// Has QEMU close what it needs no more, if there may be such. The machine must run.
     pub(super) async fn close_transients(&self) {
         if !self.leave_transients(false) {
@@ -206,8 +247,7 @@ impl QemuMachine {
 
     async fn try_close_transients(&self) -> Result<(), VmmError> {
         let doing = "closing descriptors";
-        let sets = self.command(doing, "query-fdsets", json!({})).await?;
-        for set in understand::<Vec<FdSet>>(doing, sets)? {
+        for set in self.sets().await? {
             let transients = set.fds.iter();
             for fd in transients.filter(|fd| fd.opaque.as_deref() == Some(TRANSIENT)) {
                 let arguments = json!({ "fdset-id": set.fdset_id, "fd": fd.fd });

@@ -3,9 +3,9 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-/// The longest line accepted. QEMU's answers to our commands have hundreds of bytes; only
-/// a monitor that was taken over would send more.
-pub(super) const MAX_LINE: usize = 256 << 10;
+/// The longest line accepted. QEMU's answers to our commands have hundreds of bytes, for each
+/// layer of a disk where they tell of those; only a monitor that was taken over would send more.
+pub(super) const MAX_LINE: usize = 1 << 20;
 
 /// Why talking to QEMU failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
