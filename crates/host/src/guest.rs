@@ -203,7 +203,7 @@ const RESTORED_HEADER: &str = "x-wrenn-restored";
 /// A client of one machine's guest agent.
 #[derive(Clone)]
 pub struct Guest {
-    http: Http,
+    http: Arc<RwLock<Http>>,
     dialer: GuestDialer,
     token: Arc<RwLock<Option<AccessToken>>>,
 }
@@ -211,16 +211,20 @@ pub struct Guest {
 impl Guest {
     /// A client that dials through this slot; nothing is sent yet.
     pub fn new(dialer: GuestDialer) -> Self {
-        // One connection is kept for the next request; more would only be held, for nothing
-        // closes them while nobody asks.
-        let http = Client::builder(TokioExecutor::new())
-            .pool_max_idle_per_host(1)
-            .build(SlotConnector(dialer.clone()));
         Guest {
-            http,
+            http: Arc::new(RwLock::new(http(&dialer))),
             dialer,
             token: Arc::default(),
         }
+    }
+
+    fn http(&self) -> Http {
+        self.http.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Closes the connection that is kept for the next request, which opens another.
+    fn hang_up(&self) {
+        *self.http.write().unwrap_or_else(|e| e.into_inner()) = http(&self.dialer);
     }
 
     fn token(&self) -> Option<AccessToken> {
@@ -310,6 +314,8 @@ impl Guest {
     /// frozen, file systems synced.
     pub async fn prepare_snapshot(&self) -> Result<(), GuestError> {
         const WHAT: &str = "to be quiet for a snapshot (/snapshot/prepare)";
+        // The guest closes it now, and a request that is sent there meanwhile is lost.
+        self.hang_up();
         self.last_call(WHAT, "/snapshot/prepare").await
     }
 
@@ -380,7 +386,7 @@ impl Guest {
         if let Some(token) = self.token() {
             config = config.with_default_header("x-access-token", token.reveal());
         }
-        ProcessClient::new(ServiceTransport::new(self.http.clone()), config)
+        ProcessClient::new(ServiceTransport::new(self.http()), config)
     }
 
     /// Opens a file of the guest for reading: its size, and its bytes as they come.
@@ -433,9 +439,17 @@ impl Guest {
             what,
             cause: chain(e),
         };
-        let response = self.http.request(request).await.map_err(|e| broken(&e))?;
+        let response = self.http().request(request).await.map_err(|e| broken(&e))?;
         accepted(what, response).await
     }
+}
+
+/// One connection is kept for the next request; more would only be held, for nothing closes them
+/// while nobody asks.
+fn http(dialer: &GuestDialer) -> Http {
+    Client::builder(TokioExecutor::new())
+        .pool_max_idle_per_host(1)
+        .build(SlotConnector(dialer.clone()))
 }
 
 async fn in_time<T>(

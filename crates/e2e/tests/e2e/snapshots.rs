@@ -295,6 +295,18 @@ fn chain_behind(data_dir: &Path, id: &str) -> (usize, usize) {
     (count(&memory["generations"]), count(&manifest["disk"]))
 }
 
+/// How many files of its disk a running sandbox's monitor has open.
+fn disk_files(server: &Server, id: &str) -> usize {
+    let folder = server.machine_folder(id).expect("it runs");
+    let record = std::fs::read_to_string(folder.join("vm/machine.json")).expect("its record");
+    let record: Value = serde_json::from_str(&record).expect("JSON");
+    let pid = &record["pids"]["vmm"]["pid"];
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives");
+    let files = open.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    let files = files.filter(|file| file.starts_with(server.data_dir()));
+    files.collect::<HashSet<_>>().len()
+}
+
 pub(crate) async fn g17_long_chains_are_merged_and_nothing_changes(server: &Server) {
     let api = server.api();
     let id = api.create(&json!({})).await;
@@ -308,6 +320,28 @@ pub(crate) async fn g17_long_chains_are_merged_and_nothing_changes(server: &Serv
         let name = format!("point-{n}");
         verb(&api, &id, "checkpoints", &json!({ "name": name })).await;
     }
+    // So quickly that nothing is merged in between.
+    for n in 15..=45 {
+        let name = format!("point-{n}");
+        verb(&api, &id, "checkpoints", &json!({ "name": name })).await;
+    }
+    // The running machine's disk lies on what was merged, and says the same.
+    let few = || async { (disk_files(server, &id) <= 12).then_some(()) };
+    eventually(
+        "the running disk has fewer layers",
+        Duration::from_secs(30),
+        few,
+    )
+    .await;
+    let all: String = (1..=14).map(|n| format!("{n}\n")).collect();
+    let cold = "sync; echo 3 | sudo tee /proc/sys/vm/drop_caches >/dev/null; cat /home/user/all; \
+                sha256sum --check --quiet /home/user/sums";
+    api.shell(
+        &id,
+        "cd /home/user; sha256sum /usr/bin/python3 /usr/bin/git ? ?? > sums",
+    )
+    .await;
+    assert_eq!(api.shell(&id, cold).await, all);
     verb(&api, &id, "pause", &json!({})).await;
     let short = || async {
         let (generations, layers) = chain_behind(server.data_dir(), &id);
@@ -315,7 +349,6 @@ pub(crate) async fn g17_long_chains_are_merged_and_nothing_changes(server: &Serv
     };
     eventually("the chain is merged", Duration::from_secs(30), short).await;
     verb(&api, &id, "resume", &json!({})).await;
-    let all: String = (1..=14).map(|n| format!("{n}\n")).collect();
     assert_eq!(api.shell(&id, "cat /home/user/all").await, all);
     let each = "cd /home/user; for n in $(seq 14); do cat $n; done";
     assert_eq!(api.shell(&id, each).await, all);

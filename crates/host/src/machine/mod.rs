@@ -16,7 +16,7 @@ pub use files::{
 };
 pub use page_server::{failure as memory_failure, serve as serve_pages};
 pub use phases::{Phases, crash_by, reached};
-pub use restore::{BOOT_PATIENCE, FIRST_LAYER, Origin, Standby, restore};
+pub use restore::{BELOW_SAVED, BOOT_PATIENCE, FIRST_LAYER, Origin, Standby, restore};
 pub use sweep::{SweepError, SweepReport, machine_folders, sweep};
 
 use std::path::{Path, PathBuf};

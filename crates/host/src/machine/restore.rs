@@ -274,6 +274,10 @@ fn check_format(site: &Site, template: &LoadedTemplate) -> Result<(), MachineErr
     usable_format(site, &template.manifest.disk_format).map(drop)
 }
 
+/// How many layers of a disk are below those of what was saved: the image's root file system and
+/// the template's layer; see [`prepare`].
+pub const BELOW_SAVED: usize = 2;
+
 /// What a monitor is started with.
 struct Prepared {
     spec: MachineSpec,

@@ -18,12 +18,14 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 use wrenn_snapshot::{LayerMerger, MergePolicy, SnapshotError, SnapshotId};
 use wrenn_types::SandboxId;
+use wrenn_vmm::LayerFormat;
 
+use super::SandboxError;
 use super::journal::Journal;
 use super::owner::{Common, Owner};
 use super::paused::Paused;
 use crate::guest::chain;
-use crate::machine::LiveMachine;
+use crate::machine::{BELOW_SAVED, LiveMachine, MachineError};
 use crate::snapshots::{Snapshots, blocking};
 
 /// Merges write no more than this per second, for the machines' own sake.
@@ -185,6 +187,9 @@ impl Owner {
         let left = match next.keep(&machine.folder) {
             Ok(()) => {
                 *journal = next;
+                if let Err(error) = self.lie_on_merged(&merged, machine, journal).await {
+                    tracing::warn!(sandbox = %self.id, error = %chain(&error), "its disk stays on the layers that were merged until it is restored");
+                }
                 merged.of
             }
             Err(error) => {
@@ -193,6 +198,39 @@ impl Owner {
             }
         };
         self.let_go(Some(left)).await;
+    }
+
+    /// Has the running machine's disk lie on the merged layers, too. It would become slower with
+    /// each save, and hold on to the files of those that nobody needs.
+    async fn lie_on_merged(
+        &self,
+        merged: &Merged,
+        machine: &LiveMachine,
+        journal: &Journal,
+    ) -> Result<(), SandboxError> {
+        // Where layers do not lie on each other there is nothing to do, and where saves have
+        // failed there are layers in between that were not merged.
+        if machine.vmm.info().layers != LayerFormat::Qcow2 || journal.line.layers.len() != 1 {
+            return Ok(());
+        }
+        let store = self.common.snapshots.store().clone();
+        let (of, into) = (merged.of, merged.into);
+        let layers = blocking(move || {
+            let (before, after) = (store.snapshot(of)?, store.snapshot(into)?);
+            let replaced = before.manifest().disk.len();
+            let same = before.manifest().disk == after.manifest().disk;
+            Ok(match same {
+                true => None,
+                false => Some((replaced, after.disk_layers()?)),
+            })
+        });
+        let Some((replaced, files)) = layers.await? else {
+            return Ok(());
+        };
+        let files: Vec<_> = files.into_iter().map(|file| file.path).collect();
+        let replacing = machine.vm.replace_layers(replaced, BELOW_SAVED, &files);
+        replacing.await.map_err(MachineError::from)?;
+        Ok(())
     }
 
     /// A paused sandbox is the same in fewer files.

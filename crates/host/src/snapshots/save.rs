@@ -1,8 +1,8 @@
 //! Saving a machine that lives: the one operation behind pause, snapshot, checkpoint and fork.
 //!
 //! ```text
-//!  new layer, journal ─▶ guest quiet ─▶ VM stopped ─▶ memory, devices │ disk switched ──┐
-//!                        └────────── the guest stands still ─────────────────────────┐  │
+//!  layer, journal ─▶ guest quiet │ layer opened ─▶ VM stopped ─▶ memory │ disk switched ─┐
+//!                    └────────────── the guest stands still ─────────────────────────┐  │
 //!     Then::GoOn: thawed here, and the disk is read and all of it made last ◀────────┴──┤
 //!     Then::Stay: it stands until the caller has ended or thawed it ◀───────────────────┘
 //! ```
@@ -22,7 +22,8 @@ use wrenn_snapshot::{
     Vmm, pages_of,
 };
 use wrenn_vmm::{
-    DeltaPages, Fingerprint, LayerFormat, Run, SavedDelta, VmmError, layers_in, left_layer,
+    DeltaPages, Fingerprint, LayerFormat, Run, RunState, SavedDelta, VmmError, layers_in,
+    left_layer,
 };
 
 use super::{
@@ -122,6 +123,7 @@ impl Saver<'_> {
                     keep_written_layers(machine, journal);
                 } else {
                     journal.line = before;
+                    machine.vm.forget_disk_layer(&new_top).await;
                     self.forget_layer(machine, journal, &new_top);
                 }
                 thaw(machine).await;
@@ -247,13 +249,16 @@ impl Saver<'_> {
         phases: &mut Phases,
     ) -> Result<Draft, SandboxError> {
         let mut clock = Instant::now();
-        let quiet = machine.guest.prepare_snapshot().await;
+        // What the monitor can do of the switch before it is done while the guest becomes quiet.
+        let added = machine.vm.add_disk_layer(new_top);
+        let (quiet, added) = tokio::join!(machine.guest.prepare_snapshot(), added);
         quiet.map_err(|error| match error {
             GuestError::Refused { .. } => SandboxError::Guest(error),
             GuestError::Unreachable { .. } | GuestError::Broken { .. } => {
                 SandboxError::Unresponsive(error)
             }
         })?;
+        added.map_err(MachineError::from)?;
         phases.note("quiesce", &mut clock);
         let saved = match lies_on {
             Some(lies_on) => {
@@ -458,11 +463,26 @@ pub fn keep_written_layers(machine: &LiveMachine, journal: &mut Journal) {
 /// Lets a machine go on that was quieted or stopped. What fails is logged: a machine that
 /// cannot go on has died, which its watcher tells, or is tried again by whoever uses it next.
 pub async fn thaw(machine: &LiveMachine) {
-    match machine.vm.resume().await {
-        Ok(()) => go_on(&machine.guest).await,
-        Err(error) => {
-            tracing::error!(error = %chain(&error), "a machine that was stopped does not run on");
-        }
+    let mut state = machine.vm.run_state();
+    let mut resume = machine.vm.resume();
+    // It runs before the monitor has put everything away.
+    let runs = async {
+        // Without a monitor that tells there is nothing to wait for either.
+        let _ = state.wait_for(|state| *state == RunState::Running).await;
+    };
+    let resumed = tokio::select! {
+        biased;
+        resumed = &mut resume => match resumed {
+            Ok(()) => {
+                go_on(&machine.guest).await;
+                Ok(())
+            }
+            error => error,
+        },
+        () = runs => tokio::join!(resume, go_on(&machine.guest)).0,
+    };
+    if let Err(error) = resumed {
+        tracing::error!(error = %chain(&error), "a machine that was stopped does not run on");
     }
 }
 
@@ -476,7 +496,10 @@ pub async fn go_on(guest: &Guest) {
             Err(error) if attempt == ATTEMPTS => {
                 tracing::error!(error = %chain(&error), "a guest that was quieted was not told to go on");
             }
-            Err(_) => tokio::time::sleep(PAUSE).await,
+            Err(error) => {
+                tracing::debug!(error = %chain(&error), "a guest is told again to go on");
+                tokio::time::sleep(PAUSE).await;
+            }
         }
     }
 }
