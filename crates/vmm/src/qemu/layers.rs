@@ -1,7 +1,9 @@
 //! A new layer on the disk of a machine that lives on.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -21,6 +23,14 @@ pub(super) struct AddedLayer {
     /// Its number in the chain once it is the top.
     level: usize,
     /// The set of descriptors that is its file.
+    set: u64,
+}
+
+/// The layer that the disk writes to.
+struct TopFile {
+    /// Opened for reading and writing.
+    file: File,
+    /// The set of descriptors that it is.
     set: u64,
 }
 
@@ -123,14 +133,17 @@ impl QemuMachine {
         let here = virtual_bytes(&spare)
             .map_err(|error| failed(format!("it cannot be read: {error}")))?
             .ok_or_else(|| failed("it is no qcow2 layer; the disk is as it was".into()))?;
-        if let Some(size) = self.disk_bytes().await?
-            && size != here
-        {
-            return Err(failed(format!(
-                "it is for a disk of {here} bytes, and this one has {size}; the disk is as it was"
-            )));
+        if let Some(below) = self.top_file(top).await? {
+            let size = virtual_bytes(&below.file);
+            let size = size.map_err(|error| failed(format!("the top cannot be read: {error}")))?;
+            if let Some(size) = size.filter(|size| *size != here) {
+                return Err(failed(format!(
+                    "it is for a disk of {here} bytes, and this one has {size}; the disk is as it \
+                     was"
+                )));
+            }
+            self.reopen_for_writing(&below).await?;
         }
-        self.reopen_for_writing(&disk_name(top)).await?;
         let set = self.add_fd(writable.as_fd(), None, TRANSIENT).await?;
         let level = top + 1;
         let label = spare_of(&disk_name(level));
@@ -175,24 +188,29 @@ impl QemuMachine {
 
     /// Gives QEMU another descriptor for writing to the top, which had one and has put it away:
     /// where layers below it were replaced, QEMU 7.2 opens it once more for the switch.
-    async fn reopen_for_writing(&self, top: &str) -> Result<(), VmmError> {
-        let pid = Machine::pids(self).vmm.pid;
-        let sets = self.sets().await?;
-        let set = sets.iter().find(|set| set.is_of(top));
-        let Some((set, fd)) = set.and_then(|set| Some((set.id(), set.spare()?))) else {
-            // Of an earlier version, which did not replace layers.
-            return Ok(());
-        };
-        let path = PathBuf::from(format!("/proc/{pid}/fd/{fd}"));
-        let file = File::options().read(true).write(true).open(&path);
-        let file = file.map_err(|source| VmmError::File {
-            what: "cannot open the disk",
-            path,
-            source,
-        })?;
-        self.add_fd(file.as_fd(), Some(set), TRANSIENT)
+    async fn reopen_for_writing(&self, top: &TopFile) -> Result<(), VmmError> {
+        self.add_fd(top.file.as_fd(), Some(top.set), TRANSIENT)
             .await
             .map(drop)
+    }
+
+    /// The file of the layer that the disk writes to; `None` if an earlier version opened it, which
+    /// did not name it and did not replace layers.
+    async fn top_file(&self, top: usize) -> Result<Option<TopFile>, VmmError> {
+        let vmm = Machine::pids(self).vmm.pid;
+        let sets = self.sets().await?;
+        let set = sets.iter().find(|set| set.is_of(&disk_name(top)));
+        let Some((set, fd)) = set.and_then(|set| Some((set.id(), set.spare()?))) else {
+            return Ok(None);
+        };
+        let dir = self.dir();
+        let found = own_file(dir, Path::new(&format!("/proc/{vmm}/fd/{fd}")));
+        let found = found.map_err(|source| VmmError::File {
+            what: "cannot open the disk in",
+            path: dir.to_owned(),
+            source,
+        })?;
+        Ok(found.map(|file| TopFile { file, set }))
     }
 
     async fn graph(&self) -> Result<Graph, VmmError> {
@@ -201,27 +219,6 @@ impl QemuMachine {
             .command(doing, "x-debug-query-block-graph", json!({}))
             .await?;
         understand(doing, answer)
-    }
-
-    /// Size of the disk as the guest sees it: what the layers say that QEMU has open.
-    async fn disk_bytes(&self) -> Result<Option<u64>, VmmError> {
-        let known = self.known_disk_bytes();
-        if let Some(bytes) = known.get() {
-            return Ok(Some(*bytes));
-        }
-        let pid = Machine::pids(self).vmm.pid;
-        let failed = |source| VmmError::Process {
-            what: "a layer of the disk",
-            pid,
-            source,
-        };
-        for fd in self.sets().await?.iter().filter_map(FdSet::spare) {
-            let layer = File::open(format!("/proc/{pid}/fd/{fd}")).map_err(failed)?;
-            if let Some(bytes) = virtual_bytes(&layer).map_err(failed)? {
-                return Ok(Some(*known.get_or_init(|| bytes)));
-            }
-        }
-        Ok(None)
     }
 
     /// Puts layers, lowest first, right below the top of a machine that stands by and has
@@ -347,6 +344,31 @@ impl QemuMachine {
     }
 }
 
+/// Opens, for reading and writing, the file among those of the machine itself (in its folder, or
+/// beside that) that is the same as `named`. Of what QEMU names nothing else is opened: taken over
+/// by its guest it could name a file that many machines share, and be given it for writing.
+fn own_file(dir: &Path, named: &Path) -> io::Result<Option<File>> {
+    let named = fs::metadata(named)?;
+    let same =
+        |it: &fs::Metadata| it.is_file() && (it.dev(), it.ino()) == (named.dev(), named.ino());
+    for folder in [Some(dir), dir.parent()].into_iter().flatten() {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            // One that is gone by now is not the disk.
+            if !entry.metadata().is_ok_and(|it| same(&it)) {
+                continue;
+            }
+            let mut options = File::options();
+            options.read(true).write(true);
+            // It may have become another since.
+            let file = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+            let file = file.open(entry.path())?;
+            return Ok(same(&file.metadata()?).then_some(file));
+        }
+    }
+    Ok(None)
+}
+
 /// Name of a layer that was put below the top. It has no level, as what is or was the top has.
 fn put_name(round: usize, number: usize) -> String {
     format!("below{round}-{number}")
@@ -360,5 +382,33 @@ fn as_it_was(path: &Path, error: VmmError) -> VmmError {
             why: format!("{source}; the disk is as it was"),
         },
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn g43_only_files_of_the_machine_itself_are_opened_for_it() {
+        let all = tempfile::tempdir().unwrap();
+        let (dir, shared) = (all.path().join("m-1/vm"), all.path().join("shared"));
+        fs::create_dir_all(&dir).unwrap();
+        let (inside, beside) = (dir.join("disk"), all.path().join("m-1/disk-2"));
+        for file in [&inside, &beside, &shared] {
+            fs::write(file, "layer").unwrap();
+        }
+        let link = all.path().join("link");
+        std::os::unix::fs::symlink(&beside, &link).unwrap();
+        let found = |named: &Path| own_file(&dir, named).unwrap();
+        for named in [&inside, &beside, &link] {
+            let file = found(named).unwrap().metadata().unwrap();
+            assert_eq!(file.ino(), fs::metadata(named).unwrap().ino());
+        }
+        assert!(found(&shared).is_none());
+        // A link that it has made in its folder leads nowhere.
+        std::os::unix::fs::symlink(&shared, dir.join("mine")).unwrap();
+        assert!(found(&shared).is_none());
+        assert!(own_file(&dir, &dir.join("none")).is_err());
     }
 }

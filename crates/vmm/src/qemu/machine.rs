@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -43,8 +42,6 @@ pub(super) struct QemuMachine {
     added_layer: tokio::sync::Mutex<Option<AddedLayer>>,
     /// Where its firmware is in its address space, once that was asked.
     firmware_at: OnceCell<u64>,
-    /// Size of the guest's disk, once that was asked.
-    disk_bytes: OnceLock<u64>,
 }
 
 impl QemuMachine {
@@ -71,7 +68,6 @@ impl QemuMachine {
                 top_at_start: Some(top),
                 added_layer: tokio::sync::Mutex::default(),
                 firmware_at: OnceCell::new(),
-                disk_bytes: OnceLock::new(),
             }),
             Err(source) => {
                 let killed = process.shoot();
@@ -129,7 +125,6 @@ impl QemuMachine {
             top_at_start: None,
             added_layer: tokio::sync::Mutex::default(),
             firmware_at: OnceCell::new(),
-            disk_bytes: OnceLock::new(),
         };
         if *machine.qmp.run_state().borrow() == RunState::Running {
             machine.close_transients().await;
@@ -221,8 +216,8 @@ impl QemuMachine {
         self.added_layer.lock().await
     }
 
-    pub(super) fn known_disk_bytes(&self) -> &OnceLock<u64> {
-        &self.disk_bytes
+    pub(super) fn dir(&self) -> &Path {
+        self.process.dir()
     }
 
     pub(super) fn known_firmware_address(&self) -> &OnceCell<u64> {
