@@ -409,6 +409,7 @@ pub(crate) fn inject(
     let mut course = Course::new(memory.pages());
     let mut done = Injected::default();
     let zeros = vec![0; CHUNK_PAGES as usize * PAGE];
+    let mut parts = template.data_parts();
     while let Some(run) = pages.next_run()? {
         let range = course.check(&run)?;
         match run {
@@ -419,7 +420,10 @@ pub(crate) fn inject(
             // Where the template has a hole it reads as zeros already, and writing them
             // would cost memory.
             Run::Zero(_) => {
-                for data in template.data_in(range)? {
+                for data in parts
+                    .within(range)
+                    .map_err(|source| template.unreadable(source))?
+                {
                     let mut first = data.first;
                     while first < data.end() {
                         let count = (data.end() - first).min(CHUNK_PAGES);

@@ -269,8 +269,11 @@ impl QemuMachine {
         self.put_between(below, layers, TopLayer { level, set }, round)
             .await?;
         for name in old {
-            self.undo("blockdev-del", json!({ "node-name": name }))
-                .await;
+            // Those that were opened with the one on top of them are closed with it.
+            if self.graph().await?.has(name) {
+                self.undo("blockdev-del", json!({ "node-name": name }))
+                    .await;
+            }
         }
         for set in sets
             .iter()
@@ -324,8 +327,8 @@ impl QemuMachine {
         };
         let put = put.await;
         if put.is_err() {
-            for number in (0..sets.len()).rev().filter(|_| added) {
-                let node = json!({ "node-name": put_name(round, number) });
+            if added {
+                let node = json!({ "node-name": put_name(round, sets.len() - 1) });
                 self.undo("blockdev-del", node).await;
             }
             for set in sets {
@@ -339,7 +342,8 @@ impl QemuMachine {
     /// stays behind is a node or descriptor that nothing uses.
     async fn undo(&self, command: &'static str, arguments: serde_json::Value) {
         if let Err(error) = self.command("undoing a switch", command, arguments).await {
-            tracing::warn!(%error, command, "a disk layer that was not used stays open");
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::warn!(%error, cause, command, "a disk layer that was not used stays open");
         }
     }
 }
