@@ -19,7 +19,8 @@ use std::sync::OnceLock;
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::delta::{CHUNK_PAGES, Course, DeltaError, DeltaPages, PageRange, Run};
-use crate::memory::{PAGE, data_in};
+use crate::memory::PAGE;
+use crate::sparse::data_in;
 use crate::{MemoryError, MemoryFile, SealedMemory};
 
 /// What such a file is called among a monitor's descriptors.

@@ -46,6 +46,7 @@ mod qemu;
 mod qmp;
 mod record;
 mod runs;
+mod sparse;
 mod supervised;
 
 pub use delta::{

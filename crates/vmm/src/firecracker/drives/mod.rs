@@ -20,7 +20,8 @@ use sha2::{Digest, Sha256};
 pub(crate) use self::in_jail::layers_in;
 pub(super) use self::in_jail::{DiskInJail, layer_in};
 pub use self::mapped::MappedDisk;
-use crate::memory::{PAGE, data_in};
+use crate::memory::PAGE;
+use crate::sparse::data_in;
 use crate::{LayerFormat, VmmError};
 
 /// How much of an image is copied at once.
