@@ -160,7 +160,7 @@ fn denial(element: &Element, fields: &[Field; 4]) -> Denial {
     for (at, field) in fields.iter().enumerate().take(present) {
         let [a, b, ..] = element.field(at);
         match field {
-            Field::From => {}
+            Field::From | Field::OpenedTo | Field::Carried(_) => {}
             Field::To => {
                 denial.destination = Destination::Address(element.field(at).into());
             }

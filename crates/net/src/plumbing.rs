@@ -50,7 +50,7 @@ struct Sockets {
     route: Socket,
     tap: u32,
     /// `None` if nobody knows: an agent died while it changed the policy.
-    policy: Option<NetworkPolicy>,
+    in_force: Option<Notice>,
 }
 
 /// Settings of a slot's namespace: file under `/proc/sys/net`, value.
@@ -144,7 +144,7 @@ fn fill(
     policy::slot_table(config, &policy, generation)
         .commit(&mut netfilter)
         .map_err(|e| step(LOAD_RULES, e))?;
-    let notice = Notice::new(config, policy.clone(), generation);
+    let notice = Notice::new(config, policy, generation);
     notice::write(&notice::path_of(config, name), &notice).map_err(|e| step(WRITE_NOTICE, e))?;
     apply_settings()?;
 
@@ -175,7 +175,7 @@ fn fill(
         netfilter,
         route,
         tap,
-        policy: Some(policy),
+        in_force: Some(notice),
     })
 }
 
@@ -208,7 +208,7 @@ pub(crate) fn open(config: &NetConfig, index: u32) -> Result<Plumbing, NetError>
             netfilter,
             route,
             tap,
-            policy: notice::read(&notice).map(|notice| notice.policy),
+            in_force: notice::read(&notice),
         }),
         notice,
         refused: refused::path_of(config, &name),
@@ -219,8 +219,8 @@ pub(crate) fn open(config: &NetConfig, index: u32) -> Result<Plumbing, NetError>
 const FORGET_REFUSALS: &str = "forget what was refused to the last guest";
 const WRITE_NOTICE: &str = "note the slot's policy for its resolver relay";
 
-/// What a policy is known by in the firewall and to the relay: random, so that it is no other
-/// agent's either.
+/// What a policy is known by in the firewall and to the relay, and those after it that close no
+/// name: random, so that it is no other agent's either.
 fn new_generation() -> io::Result<u32> {
     Ok(u32::from_ne_bytes(sys::random()?))
 }
@@ -265,16 +265,22 @@ impl Plumbing {
     ) -> Result<(), NetError> {
         let step = |step, error| NetError::step(step, self.name.clone(), error);
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
-        if sockets.policy.as_ref() == Some(policy) {
+        // What was opened by a name stays open if that name may still be reached.
+        let stays_open = |before: &&Notice| {
+            let now = &policy.allow_names;
+            let mut names = before.policy.allow_names.iter();
+            names.all(|name| now.contains(name))
+        };
+        let before = sockets.in_force.as_ref();
+        if before.is_some_and(|before| before.policy == *policy) {
             return Ok(());
         }
-        let generation = new_generation().map_err(|e| step("number the policy", e))?;
-        // What was opened by a name stays open if that name may still be reached.
-        let forget_names = !sockets.policy.as_ref().is_some_and(|before| {
-            let now = &policy.allow_names;
-            before.allow_names.iter().all(|name| now.contains(name))
-        });
-        let changed = policy::slot_change(config, policy, generation, forget_names)
+        let kept = before.filter(stays_open).map(|before| before.generation);
+        let generation = match kept {
+            Some(generation) => generation,
+            None => new_generation().map_err(|e| step("number the policy", e))?,
+        };
+        let changed = policy::slot_change(config, policy, generation, kept.is_none())
             .commit(&mut sockets.netfilter);
         match changed {
             // A table of an earlier version of this program, without the sets.
@@ -288,10 +294,10 @@ impl Plumbing {
             }
         }
         // Until the notice is written too nobody can say what is in force.
-        sockets.policy = None;
+        sockets.in_force = None;
         let notice = Notice::new(config, policy.clone(), generation);
         notice::write(&self.notice, &notice).map_err(|e| step(WRITE_NOTICE, e))?;
-        sockets.policy = Some(policy.clone());
+        sockets.in_force = Some(notice);
         Ok(())
     }
 

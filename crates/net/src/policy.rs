@@ -17,7 +17,11 @@
 //! An address that a name on the allow list was resolved to is opened by the resolver relay,
 //! which has no rights: it sends a datagram that carries the address and the number of the
 //! policy in force, from a port of the slot that only it has, and the chain `openings` puts the
-//! address into the set `names` and drops the datagram. What a guest sends never passes there.
+//! two into the set `opened` and drops the datagram. What a guest sends never passes there. Only
+//! what was opened under the number in force is open: emptying the set in the same transaction
+//! would not do, as a packet that the old rules renew an element for, while the new ones are
+//! being prepared, makes a new element, which stays (Linux looks for one that both the old and
+//! the new rules have, `NFT_GENMASK_ANY` in `nft_set_hash.c`).
 //!
 //! ```text
 //!  guest ──▶ tap0 │ slot: prerouting ─ forward ─ egress ─ masquerade │ out0 ──▶ wrenn-7 │ host
@@ -43,6 +47,8 @@ pub(crate) const OUT: &str = "out0";
 pub(crate) const DNS_PORT: u16 = 53;
 /// The port from which the relay opens addresses.
 pub(crate) const OPENINGS_PORT: u16 = 5300;
+/// The addresses that are open by name, each with the policy's number.
+const OPENED: &str = "opened";
 /// What such a datagram is: the policy's number and the address, after the 8 bytes of UDP's own.
 const OPENING_GENERATION: u32 = 8;
 const OPENING_ADDR: u32 = 12;
@@ -154,7 +160,7 @@ pub(crate) fn slot_table(config: &NetConfig, policy: &NetworkPolicy, generation:
     common(&mut batch, config, &SLOT_FIELDS, MOST_REFUSALS);
     batch.changing_networks("allow", &policy.allow);
     batch.changing_networks("deny", &policy.deny);
-    batch.noted("names", &[Field::To], MOST_NAMED, NAME_OPEN);
+    batch.noted(OPENED, &[Field::Mark, Field::To], MOST_NAMED, NAME_OPEN);
 
     // Nothing but IPv4 from the guest's own address comes out of the tap.
     batch.chain("prerouting", filter(Hook::Prerouting, RAW, false));
@@ -253,7 +259,8 @@ fn admitted(batch: &mut Batch, config: &NetConfig) {
 
 const CHANGING: [&str; 4] = ["egress", "ingress", "resolver", "openings"];
 
-/// A change of [`slot_table`] to another policy. `forget_names` closes what was opened by name.
+/// A change of [`slot_table`] to another policy. What was opened by name under another number is
+/// closed; `forget_names` makes room for what is opened under a new one.
 pub(crate) fn slot_change(
     config: &NetConfig,
     policy: &NetworkPolicy,
@@ -267,7 +274,7 @@ pub(crate) fn slot_change(
     batch.replace_networks("allow", &policy.allow);
     batch.replace_networks("deny", &policy.deny);
     if forget_names {
-        batch.empty_set("names");
+        batch.empty_set(OPENED);
     }
     fill(&mut batch, policy, generation);
     batch
@@ -282,29 +289,34 @@ pub(crate) fn forget_refusals(config: &NetConfig) -> Batch {
 }
 
 fn fill(batch: &mut Batch, policy: &NetworkPolicy, generation: u32) {
+    // As its bytes are in a datagram.
+    let number = u32::from_ne_bytes(generation.to_be_bytes());
+    let to_opened = [Field::Mark, Field::To];
     let to_one_of = |set| Rule::new().addr_in_set(Side::To, Must::Be, set);
     batch.rule("egress", refuse_denied(Rule::new()));
     // An untracked packet would leave untranslated. Most often it belongs to a connection from
     // before a pause: the reset tells the program to connect anew.
     batch.rule("egress", Rule::new().state(CT_INVALID).jump("answer"));
     batch.rule("egress", to_one_of("allow").jump("admitted"));
+    batch.rule("egress", Rule::new().mark(number));
+    let to_name = || Rule::new().ipv4(Must::Be).in_set(OPENED, &to_opened);
     batch.rule(
         "egress",
-        to_one_of("names")
+        to_name()
             .state(CT_ESTABLISHED)
-            .renew_destination("names")
+            .renew(OPENED, &to_opened)
             .jump("admitted"),
     );
-    batch.rule("egress", to_one_of("names").jump("admitted"));
+    batch.rule("egress", to_name().jump("admitted"));
     batch.rule("egress", refuse(to_one_of("deny"), Reason::Denied));
     // What comes back, for who only listens is not cut by what he sends.
-    for set in ["allow", "names"] {
-        batch.rule("ingress", Rule::new().opened_to_one_of(set).accept());
-    }
-    batch.rule(
-        "ingress",
-        Rule::new().opened_to_one_of("deny").count().drop(),
-    );
+    let opened_to = |set| Rule::new().in_set(set, &[Field::OpenedTo]);
+    batch.rule("ingress", opened_to("allow").accept());
+    let opened_to_name = Rule::new()
+        .mark(number)
+        .in_set(OPENED, &[Field::Mark, Field::OpenedTo]);
+    batch.rule("ingress", opened_to_name.accept());
+    batch.rule("ingress", opened_to("deny").count().drop());
     if policy.internet {
         batch.rule("egress", Rule::new().jump("admitted"));
         batch.rule("ingress", Rule::new().accept());
@@ -332,7 +344,8 @@ fn fill(batch: &mut Batch, policy: &NetworkPolicy, generation: u32) {
         "openings",
         Rule::new()
             .datagram_has(OPENING_GENERATION, generation)
-            .learn_address("names", OPENING_ADDR)
+            .mark(number)
+            .renew(OPENED, &[Field::Mark, Field::Carried(OPENING_ADDR)])
             .count()
             .drop(),
     );

@@ -5,6 +5,8 @@
 mod common;
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::dns::{self, Data, Zone};
@@ -253,6 +255,118 @@ async fn g35_a_name_opens_its_addresses_and_nothing_else() {
         pool.give_back(slot).await;
     }
     pool.shutdown().await;
+}
+
+/// A packet that the kernel judges while the rules change is judged by the old ones, and may renew
+/// an address that the change has just closed.
+#[tokio::test(flavor = "multi_thread")]
+async fn g35_what_is_under_way_during_a_change_opens_nothing() {
+    let changes = match std::env::var_os("WRENN_TEST_LONG") {
+        Some(_) => 5000,
+        None => 300,
+    };
+    let world = World::new("nnc", 53, &["203.0.113.53"]);
+    let upstream = serve(
+        &world,
+        &[("mirror.example", Data::Addrs(addrs(&["203.0.113.53"])))],
+    );
+    let bed = Bed::new("nnc", 53);
+    let pool = pool(&bed).await;
+    let slot = pool.take().await.unwrap();
+    let guest = Guest::new("nnc-guest", &slot).await;
+    let _relay = Relay::start(&slot, &upstream).await;
+    let _internet = Listener::inside(&world.net, "0.0.0.0:7001");
+    let echo = Echo::inside(&world.net, "203.0.113.53:7002");
+    let flood = flood(&guest.net, "203.0.113.53:7002");
+
+    let by_name = policy(false, &["mirror.example"], &[]);
+    let by_another = policy(false, &["other.example"], &[]);
+    for change in 0..changes {
+        slot.set_policy(&by_name).await.unwrap();
+        resolve(&guest, "mirror.example", A).unwrap();
+        let before = echo.heard();
+        let start = Instant::now();
+        while echo.heard() < before + 20 {
+            assert!(
+                start.elapsed() < Duration::from_secs(5),
+                "change {change}: nothing passes"
+            );
+            std::thread::yield_now();
+        }
+        slot.set_policy(&by_another).await.unwrap();
+        let (result, _) = guest.connect("203.0.113.53:7001");
+        assert!(result.is_err(), "change {change}: still open");
+    }
+
+    drop((flood, echo, guest));
+    pool.give_back(slot).await;
+    pool.shutdown().await;
+}
+
+/// Answers datagrams and counts them, as long as the value lives.
+struct Echo {
+    heard: Arc<AtomicU64>,
+    _worker: Worker,
+}
+
+impl Echo {
+    fn inside(net: &common::Netns, addr: &'static str) -> Self {
+        let socket = net.inside(move || UdpSocket::bind(addr).unwrap());
+        socket
+            .set_read_timeout(Some(Duration::from_millis(50)))
+            .unwrap();
+        let heard = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&heard);
+        let worker = Worker::start(move || {
+            let mut buffer = [0; 64];
+            if let Ok((len, from)) = socket.recv_from(&mut buffer) {
+                counter.fetch_add(1, Ordering::Relaxed);
+                // Who asked may be cut off by now.
+                drop(socket.send_to(&buffer[..len], from));
+            }
+        });
+        Self {
+            heard,
+            _worker: worker,
+        }
+    }
+
+    fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
+    }
+}
+
+/// Sends datagrams without end, whatever comes back, as long as the value lives.
+fn flood(net: &common::Netns, to: &'static str) -> Worker {
+    let socket = net.inside(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    Worker::start(move || {
+        drop(socket.send_to(b"packet", to));
+        // Room on the cable for what the test asks.
+        std::thread::sleep(Duration::from_micros(20));
+    })
+}
+
+/// A thread that does the same thing again and again. Ended when dropped.
+struct Worker(Arc<AtomicBool>, Option<std::thread::JoinHandle<()>>);
+
+impl Worker {
+    fn start(mut work: impl FnMut() + Send + 'static) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Acquire) {
+                work();
+            }
+        });
+        Self(stop, Some(thread))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+        self.1.take().unwrap().join().unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

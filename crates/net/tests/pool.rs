@@ -219,10 +219,14 @@ async fn nft_reads_the_rules_as_they_are_meant() {
         "ip netns exec {} nft -s list table inet ntg",
         slot.name()
     ));
-    // The policy's number is random.
-    let (before, rest) = inside.split_once("@th,64,32 0x").unwrap();
-    let after = rest.trim_start_matches(|c: char| c.is_ascii_hexdigit());
-    let inside = format!("{before}@th,64,32 NUMBER{after}");
+    // The policy's number is random; a mark is printed in the host's order.
+    let (_, rest) = inside.split_once("@th,64,32 0x").unwrap();
+    let number = rest.split_whitespace().next().unwrap();
+    let bytes = u32::from_str_radix(number, 16).unwrap().to_be_bytes();
+    let mark = format!("0x{:08x}", u32::from_ne_bytes(bytes));
+    let inside = inside
+        .replace(&format!("@th,64,32 0x{number}"), "@th,64,32 NUMBER")
+        .replace(&mark, "NUMBER");
     slot.set_policy(&common::policy(false, &[], &[]))
         .await
         .unwrap();

@@ -26,7 +26,7 @@ fn received(guest: &Guest) -> u64 {
 
 /// Elements of the sets that a tenant fills or has filled.
 fn remembered(slot: &Slot) -> Vec<&'static str> {
-    let sets = ["refused", "refused_other", "names", "allow", "deny"];
+    let sets = ["refused", "refused_other", "opened", "allow", "deny"];
     let filled = |set: &&str| {
         let listed = run(&format!(
             "ip netns exec {} nft list set inet nrt {set}",

@@ -96,13 +96,18 @@ pub(crate) enum Field {
     Port,
     /// What [`Rule::mark`] gave it.
     Mark,
+    /// The address that the packet's connection was opened to, whichever way its packets go, and
+    /// errors about it from whomever.
+    OpenedTo,
+    /// Four bytes of a datagram that are an address, counted as in [`Rule::datagram_has`].
+    Carried(u32),
 }
 
 impl Field {
     /// The type number by which `nft` prints it.
     fn kind(self) -> u32 {
         match self {
-            Self::From | Self::To => 7,
+            Self::From | Self::To | Self::OpenedTo | Self::Carried(_) => 7,
             Self::Protocol => 12,
             Self::Port => 13,
             Self::Mark => 19,

@@ -176,15 +176,9 @@ impl Rule {
         self.ipv4(Must::Be).load_addr(side).lookup(must, set)
     }
 
-    /// The address that the packet's connection was opened to is in a set of this table. Holds
-    /// for answers, and for errors about the connection from whomever.
-    pub(crate) fn opened_to_one_of(self, set: &str) -> Self {
-        self.expr("ct", |e| {
-            e.network(1, REG_1)
-                .network(2, CT_DESTINATION)
-                .bytes(3, &[CT_ORIGINAL]);
-        })
-        .lookup(Must::Be, set)
+    /// What the packet says in those fields is in a set of this table.
+    pub(crate) fn in_set(self, set: &str, fields: &[Field]) -> Self {
+        self.key(fields).lookup(Must::Be, set)
     }
 
     fn lookup(self, must: Must, set: &str) -> Self {
@@ -247,7 +241,17 @@ impl Rule {
     /// Puts what the packet says in those fields into a set, or renews it there, and counts.
     /// The rule goes on only if that worked: a set may be full.
     pub(crate) fn note(self, set: &str, fields: &[Field]) -> Self {
-        let mut rule = self.ipv4(Must::Be);
+        self.ipv4(Must::Be).key(fields).update(set, true)
+    }
+
+    /// As [`Self::note`], without counting.
+    pub(crate) fn renew(self, set: &str, fields: &[Field]) -> Self {
+        self.key(fields).update(set, false)
+    }
+
+    /// Loads the fields of a set's key.
+    fn key(self, fields: &[Field]) -> Self {
+        let mut rule = self;
         for (register, field) in (REG_WORDS..).zip(fields) {
             // A key starts in the register with the one name that `nft` reads back.
             let register = if register == REG_WORDS {
@@ -255,26 +259,21 @@ impl Rule {
             } else {
                 register
             };
-            rule = match field {
+            rule = match *field {
                 Field::From => rule.payload_into(register, BASE_NETWORK, 12, 4),
                 Field::To => rule.payload_into(register, BASE_NETWORK, 16, 4),
                 Field::Protocol => rule.meta_into(register, META_L4PROTO),
                 Field::Port => rule.payload_into(register, BASE_TRANSPORT, 2, 2),
                 Field::Mark => rule.meta_into(register, META_MARK),
+                Field::OpenedTo => rule.expr("ct", |e| {
+                    e.network(1, register)
+                        .network(2, CT_DESTINATION)
+                        .bytes(3, &[CT_ORIGINAL]);
+                }),
+                Field::Carried(offset) => rule.payload_into(register, BASE_TRANSPORT, offset, 4),
             };
         }
-        rule.update(set, true)
-    }
-
-    /// Renews the packet's destination in a set.
-    pub(crate) fn renew_destination(self, set: &str) -> Self {
-        self.load_addr(Side::To).update(set, false)
-    }
-
-    /// Puts the address that a datagram carries, counted as in [`Self::datagram_has`], into a
-    /// set.
-    pub(crate) fn learn_address(self, set: &str, offset: u32) -> Self {
-        self.payload(BASE_TRANSPORT, offset, 4).update(set, false)
+        rule
     }
 
     fn update(self, set: &str, counts: bool) -> Self {
