@@ -303,6 +303,39 @@ async fn g35_what_is_under_way_during_a_change_opens_nothing() {
     pool.shutdown().await;
 }
 
+/// The slot of a machine that an earlier version of this program has started.
+#[tokio::test(flavor = "multi_thread")]
+async fn g35_a_table_without_todays_sets_is_made_anew() {
+    let world = World::new("nnd", 54, &["203.0.113.54"]);
+    let zone = [("mirror.example", Data::Addrs(addrs(&["203.0.113.54"])))];
+    let upstream = serve(&world, &zone);
+    let bed = Bed::new("nnd", 54);
+    let pool = pool(&bed).await;
+    let slot = pool.take().await.unwrap();
+    let guest = Guest::new("nnd-guest", &slot).await;
+    let _relay = Relay::start(&slot, &upstream).await;
+    let _internet = Listener::inside(&world.net, "0.0.0.0:7001");
+
+    let nft = |what: &str| run(&format!("ip netns exec {} nft {what}", slot.name()));
+    for chain in ["egress", "ingress", "resolver", "openings"] {
+        nft(&format!("flush chain inet nnd {chain}"));
+    }
+    nft("delete set inet nnd opened");
+    nft("add rule inet nnd egress accept");
+    nft("add rule inet nnd ingress accept");
+    assert_eq!(guest.connect("203.0.113.54:7001").0, Ok(()));
+    slot.set_policy(&policy(false, &["mirror.example"], &[]))
+        .await
+        .unwrap();
+    refused_at_once(&guest, "203.0.113.54:7001");
+    resolve(&guest, "mirror.example", A).unwrap();
+    assert_eq!(guest.connect("203.0.113.54:7001").0, Ok(()));
+
+    drop((_relay, guest));
+    pool.give_back(slot).await;
+    pool.shutdown().await;
+}
+
 /// Answers datagrams and counts them, as long as the value lives.
 struct Echo {
     heard: Arc<AtomicU64>,
