@@ -2,7 +2,9 @@
 
 use std::io;
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::error::Failure;
 use crate::settings::{LogFormat, Settings};
@@ -19,19 +21,20 @@ pub(crate) fn start(settings: &Settings, server: bool) -> Result<(), Failure> {
         None if server => SERVER,
         None => QUIET,
     };
-    let filter = EnvFilter::try_new(directives).map_err(|error| {
+    let filter: Targets = directives.parse().map_err(|error| {
         Failure::message(format!("`{directives}` is no log filter: {error}")).code("settings")
     })?;
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(LevelFilter::TRACE)
         // It would say on stderr that it cannot write to stderr, as on a full disk, and panic.
         .log_internal_errors(false)
         .with_writer(io::stderr);
     let started = match settings.log_format {
-        LogFormat::Json => builder.json().try_init(),
+        LogFormat::Json => builder.json().finish().with(filter).try_init(),
         LogFormat::Text => {
             let colors = crate::output::Printer::new(settings.color).styles_stderr();
-            builder.with_ansi(colors).with_target(server).try_init()
+            let lines = builder.with_ansi(colors).with_target(server);
+            lines.finish().with(filter).try_init()
         }
     };
     started.map_err(|error| Failure::message(format!("cannot start logging: {error}")))

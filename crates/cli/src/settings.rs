@@ -226,7 +226,7 @@ pub(crate) struct Settings {
     pub(crate) config: Option<PathBuf>,
     /// Whether to colour.
     pub(crate) color: ColorChoice,
-    /// What to log, in the syntax of `tracing_subscriber::EnvFilter`.
+    /// What to log, in the syntax of `tracing_subscriber::filter::Targets`.
     pub(crate) log: Option<String>,
     /// How to log.
     pub(crate) log_format: LogFormat,

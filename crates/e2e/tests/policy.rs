@@ -9,17 +9,11 @@ use std::process::Command;
 use serde_json::Value;
 use wrenn_e2e::repository;
 
-/// Everything that is compiled for the one target we build for.
-fn packages() -> Vec<Value> {
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+fn cargo(arguments: &[&str]) -> Vec<u8> {
     let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args([
-            "metadata",
-            "--format-version",
-            "1",
-            "--locked",
-            "--filter-platform",
-            "x86_64-unknown-linux-gnu",
-        ])
+        .args(arguments)
         .current_dir(repository())
         .output()
         .expect("cargo runs");
@@ -28,8 +22,56 @@ fn packages() -> Vec<Value> {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let metadata: Value = serde_json::from_slice(&output.stdout).expect("cargo's JSON");
+    output.stdout
+}
+
+/// Everything that is compiled for the one target we build for.
+fn packages() -> Vec<Value> {
+    let metadata = cargo(&[
+        "metadata",
+        "--format-version",
+        "1",
+        "--locked",
+        "--filter-platform",
+        TARGET,
+    ]);
+    let metadata: Value = serde_json::from_slice(&metadata).expect("JSON");
     metadata["packages"].as_array().expect("packages").clone()
+}
+
+/// Each package that these kinds of dependencies lead to, and with which features.
+fn features(kinds: &str) -> BTreeSet<(String, String)> {
+    let tree = cargo(&[
+        "tree",
+        "--workspace",
+        "--locked",
+        "--target",
+        TARGET,
+        "--edges",
+        kinds,
+        "--prefix",
+        "none",
+        "--no-dedupe",
+        "--format",
+        "{p}\t{f}",
+    ]);
+    let tree = String::from_utf8(tree).expect("UTF-8");
+    let lines = tree.lines().filter_map(|line| line.split_once('\t'));
+    lines
+        .map(|(package, features)| (package.to_owned(), features.to_owned()))
+        .collect()
+}
+
+/// A feature that only a test's dependency asks for has the package, and all that is built on
+/// it, compiled once more for `cargo test`: what is tested would not be what runs.
+#[test]
+fn tests_have_dependencies_compiled_as_what_is_installed_has() {
+    let installed = features("normal,build");
+    let packages: BTreeSet<&String> = installed.iter().map(|(package, _)| package).collect();
+    let mut tested = features("normal,build,dev");
+    tested.retain(|(package, _)| packages.contains(package));
+    let differing: Vec<_> = tested.symmetric_difference(&installed).collect();
+    assert!(differing.is_empty(), "{differing:#?}");
 }
 
 fn rules() -> toml::Table {

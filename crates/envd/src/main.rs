@@ -9,6 +9,9 @@ use std::sync::Arc;
 
 use clap::Parser;
 use rustix::process::{Resource, Rlimit};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 use wrenn_envd::cgroups::{self, Cgroups};
 use wrenn_envd::handover::{Handover, Inheritance};
 use wrenn_envd::host::{self, Host};
@@ -45,15 +48,19 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("ENVD_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let wanted = std::env::var("ENVD_LOG").ok();
+    let filter = wanted
+        .and_then(|wanted| wanted.parse::<Targets>().ok())
+        .unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         // It would say on stderr that it cannot write to stderr, and panic.
         .log_internal_errors(false)
         // In a guest this is the console, whose log is read as text.
         .with_ansi(arguments.no_vm && std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_env_filter(filter)
+        .with_max_level(LevelFilter::TRACE)
+        .finish()
+        .with(filter)
         .init();
     sys::limit_heaps();
     let (handover, left) = match Handover::receive() {

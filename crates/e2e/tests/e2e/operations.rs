@@ -268,18 +268,17 @@ pub(crate) async fn g02_agent_and_control_plane_are_killed_apart_and_lose_nothin
         assert_eq!(server.api().shell(&id, path).await, boot);
         expect_page(server, &id).await;
     };
+    let found_again = async |server: &Server| {
+        let ready = || async { (server.api().get("/ready").await.status == 200).then_some(()) };
+        eventually("the agent is found again", Duration::from_secs(60), ready).await;
+    };
 
     // The agent dies: the control plane says that it is away, and finds the next one.
     agent.kill();
     let refused = api.post("/v1/sandboxes", &json!({})).await;
     refused.expect_error(503, "host_unavailable", &[]);
     let agent = HostAgent::start(data, place);
-    eventually(
-        "the agent is found again",
-        Duration::from_secs(60),
-        || async { (api.get("/ready").await.status == 200).then_some(()) },
-    )
-    .await;
+    found_again(&server).await;
     same_machine(&server).await;
 
     // The control plane dies.
@@ -328,6 +327,8 @@ pub(crate) async fn g02_agent_and_control_plane_are_killed_apart_and_lose_nothin
         (status(&server, &id).await == "paused").then_some(())
     })
     .await;
+    // It may have been told by the agent that ended.
+    found_again(&server).await;
     let api = server.api();
     let resume = format!("/v1/sandboxes/{id}/resume");
     api.post(&resume, &json!({})).await.expect(200);
