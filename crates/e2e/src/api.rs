@@ -158,6 +158,20 @@ impl Api {
         ran["stdout"].as_str().unwrap_or_default().to_owned()
     }
 
+    /// Has a sandbox say something on its console, where its shell may replace variables, and
+    /// waits until the log has it: the guest's kernel passes it on after the program's end.
+    pub async fn speak(&self, id: &str, words: &str) {
+        let line = format!("echo {words} | sudo tee /dev/console");
+        let said = self.shell(id, &line).await;
+        let logs = format!("/v1/sandboxes/{id}/logs");
+        crate::eventually("its console's log", Duration::from_secs(20), || async {
+            let log = self.get(&logs).await.expect(200);
+            let log = String::from_utf8_lossy(&log.body).into_owned();
+            log.contains(said.trim()).then_some(())
+        })
+        .await;
+    }
+
     /// Writes a file in a sandbox.
     pub async fn write_file(&self, id: &str, path: &str, content: impl Into<Body>) -> Answer {
         let file = Part::stream(content).file_name("file");

@@ -281,11 +281,6 @@ pub(crate) async fn a_machine_that_was_lost_with_its_host_boots_from_its_disk(da
 /// What is written to a guest's console.
 const SAID: &str = "these are my last words";
 
-async fn speak(api: &Api, id: &str) {
-    api.shell(id, &format!("echo {SAID} | sudo tee /dev/console"))
-        .await;
-}
-
 /// Waits until the sandbox has a death certificate with this cause and this end of its console.
 async fn explained(api: &Api, id: &str, cause: &str, last_words: &str) -> Value {
     let why = eventually("its end is explained", Duration::from_secs(10), || async {
@@ -313,8 +308,8 @@ pub(crate) async fn g06_a_machine_that_dies_is_noticed_and_explained(data_dir: &
         api.create(&json!({})).await,
     ];
     let folder = server.machine_folder(&killed).expect("a machine's folder");
-    speak(&api, &killed).await;
-    speak(&api, &unwatched).await;
+    api.speak(&killed, SAID).await;
+    api.speak(&unwatched, SAID).await;
     api.shell(&killed, "true # the last one").await;
     kill_process(monitor_of(&folder), Signal::KILL).expect("QEMU is there");
     let seen = eventually(
