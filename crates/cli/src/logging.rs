@@ -21,9 +21,14 @@ pub(crate) fn start(settings: &Settings, server: bool) -> Result<(), Failure> {
         None if server => SERVER,
         None => QUIET,
     };
-    let filter: Targets = directives.parse().map_err(|error| {
-        Failure::message(format!("`{directives}` is no log filter: {error}")).code("settings")
-    })?;
+    let no_filter = |why: &dyn std::fmt::Display| {
+        Failure::message(format!("`{directives}` is no log filter: {why}")).code("settings")
+    };
+    // It would be taken for the name of a module that there is not.
+    if directives.contains('[') {
+        return Err(no_filter(&"levels and modules can be named, spans cannot"));
+    }
+    let filter: Targets = directives.parse().map_err(|error| no_filter(&error))?;
     let builder = tracing_subscriber::fmt()
         .with_max_level(LevelFilter::TRACE)
         // It would say on stderr that it cannot write to stderr, as on a full disk, and panic.

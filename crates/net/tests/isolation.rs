@@ -213,7 +213,10 @@ async fn g35_internet_off_cuts_open_connections_and_names_too() {
     let mut buffer = [0; 3];
     served.read_exact(&mut buffer).unwrap();
 
+    let start = Instant::now();
     slot.set_policy(&policy(false, &[], &[])).await.unwrap();
+    eprintln!("policy change: {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_millis(100));
     stream.write_all(b"two").unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(2)))

@@ -257,6 +257,44 @@ async fn g35_a_name_opens_its_addresses_and_nothing_else() {
     pool.shutdown().await;
 }
 
+/// A guest, its relay, and one name outside: `mirror.example`, whose address listens at 7001.
+struct Stage {
+    world: World,
+    slot: Slot,
+    guest: Guest,
+    relay: Relay,
+    pool: SlotPool,
+    _bed: Bed,
+    _internet: Listener,
+}
+
+impl Stage {
+    async fn new(name: &'static str, third: u8) -> Self {
+        let addr = format!("203.0.113.{third}");
+        let world = World::new(name, third, &[&addr]);
+        let zone = [("mirror.example", Data::Addrs(addrs(&[&addr])))];
+        let upstream = serve(&world, &zone);
+        let bed = Bed::new(name, third);
+        let pool = pool(&bed).await;
+        let slot = pool.take().await.unwrap();
+        Self {
+            guest: Guest::new(&format!("{name}-guest"), &slot).await,
+            relay: Relay::start(&slot, &upstream).await,
+            _internet: Listener::inside(&world.net, "0.0.0.0:7001"),
+            world,
+            slot,
+            pool,
+            _bed: bed,
+        }
+    }
+
+    async fn end(self) {
+        drop((self.relay, self.guest));
+        self.pool.give_back(self.slot).await;
+        self.pool.shutdown().await;
+    }
+}
+
 /// A packet that the kernel judges while the rules change is judged by the old ones, and may renew
 /// an address that the change has just closed.
 #[tokio::test(flavor = "multi_thread")]
@@ -265,25 +303,16 @@ async fn g35_what_is_under_way_during_a_change_opens_nothing() {
         Some(_) => 5000,
         None => 300,
     };
-    let world = World::new("nnc", 53, &["203.0.113.53"]);
-    let upstream = serve(
-        &world,
-        &[("mirror.example", Data::Addrs(addrs(&["203.0.113.53"])))],
-    );
-    let bed = Bed::new("nnc", 53);
-    let pool = pool(&bed).await;
-    let slot = pool.take().await.unwrap();
-    let guest = Guest::new("nnc-guest", &slot).await;
-    let _relay = Relay::start(&slot, &upstream).await;
-    let _internet = Listener::inside(&world.net, "0.0.0.0:7001");
-    let echo = Echo::inside(&world.net, "203.0.113.53:7002");
+    let stage = Stage::new("nnc", 53).await;
+    let (slot, guest) = (&stage.slot, &stage.guest);
+    let echo = Echo::inside(&stage.world.net, "203.0.113.53:7002");
     let flood = flood(&guest.net, "203.0.113.53:7002");
 
     let by_name = policy(false, &["mirror.example"], &[]);
     let by_another = policy(false, &["other.example"], &[]);
     for change in 0..changes {
         slot.set_policy(&by_name).await.unwrap();
-        resolve(&guest, "mirror.example", A).unwrap();
+        resolve(guest, "mirror.example", A).unwrap();
         let before = echo.heard();
         let start = Instant::now();
         while echo.heard() < before + 20 {
@@ -298,23 +327,15 @@ async fn g35_what_is_under_way_during_a_change_opens_nothing() {
         assert!(result.is_err(), "change {change}: still open");
     }
 
-    drop((flood, echo, guest));
-    pool.give_back(slot).await;
-    pool.shutdown().await;
+    drop((flood, echo));
+    stage.end().await;
 }
 
 /// The slot of a machine that an earlier version of this program has started.
 #[tokio::test(flavor = "multi_thread")]
 async fn g35_a_table_without_todays_sets_is_made_anew() {
-    let world = World::new("nnd", 54, &["203.0.113.54"]);
-    let zone = [("mirror.example", Data::Addrs(addrs(&["203.0.113.54"])))];
-    let upstream = serve(&world, &zone);
-    let bed = Bed::new("nnd", 54);
-    let pool = pool(&bed).await;
-    let slot = pool.take().await.unwrap();
-    let guest = Guest::new("nnd-guest", &slot).await;
-    let _relay = Relay::start(&slot, &upstream).await;
-    let _internet = Listener::inside(&world.net, "0.0.0.0:7001");
+    let stage = Stage::new("nnd", 54).await;
+    let (slot, guest) = (&stage.slot, &stage.guest);
 
     let nft = |what: &str| run(&format!("ip netns exec {} nft {what}", slot.name()));
     for chain in ["egress", "ingress", "resolver", "openings"] {
@@ -327,13 +348,10 @@ async fn g35_a_table_without_todays_sets_is_made_anew() {
     slot.set_policy(&policy(false, &["mirror.example"], &[]))
         .await
         .unwrap();
-    refused_at_once(&guest, "203.0.113.54:7001");
-    resolve(&guest, "mirror.example", A).unwrap();
+    refused_at_once(guest, "203.0.113.54:7001");
+    resolve(guest, "mirror.example", A).unwrap();
     assert_eq!(guest.connect("203.0.113.54:7001").0, Ok(()));
-
-    drop((_relay, guest));
-    pool.give_back(slot).await;
-    pool.shutdown().await;
+    stage.end().await;
 }
 
 /// Answers datagrams and counts them, as long as the value lives.

@@ -504,6 +504,12 @@ fn settings_that_are_wrong_are_refused_by_name() {
         .env("WRENN_COLOR", "blue")
         .arg("version"));
     assert!(said.stderr.contains("WRENN_COLOR"), "{}", said.stderr);
+    for (filter, why) in [("a=b=c", "too many '='"), ("x[span]=debug", "spans cannot")] {
+        let said = ran(bare(folder.path()).args(["--log", filter, "version"]));
+        assert_eq!(said.code, 1);
+        let named = said.stderr.contains(filter) && said.stderr.contains(why);
+        assert!(named, "{}", said.stderr);
+    }
     assert_eq!(ran(bare(folder.path()).arg("nonsense")).code, 2);
     assert_eq!(ran(bare(folder.path()).arg("run")).code, 2);
 }

@@ -247,7 +247,7 @@ impl Batch {
         });
     }
 
-    /// Removes all elements of a set.
+    /// Removes all elements of a set. What rules fill in meanwhile may stay; see [`crate::policy`].
     pub(crate) fn empty_set(&mut self, name: &str) {
         self.push(DEL_ELEMENTS, 0, |attrs| {
             attrs.text(2, name);
