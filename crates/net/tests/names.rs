@@ -36,17 +36,21 @@ fn relay_process() {
 
 impl Relay {
     async fn start(slot: &Slot, upstream: &str) -> Self {
-        use std::os::fd::AsRawFd;
+        use std::os::fd::{AsRawFd, OwnedFd};
         let files = slot.relay().await.unwrap().into_descriptors();
-        // The shell gives the descriptors their numbers and setpriv takes the rights away.
+        // The shell gives the descriptors their numbers, one after the other, and setpriv takes
+        // the rights away. None may have a number that another one is given.
+        let files = files.iter().map(|fd| {
+            let fd = rustix::io::fcntl_dupfd_cloexec(fd, 100).unwrap();
+            rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty()).unwrap();
+            fd
+        });
+        let files: Vec<OwnedFd> = files.collect();
         let redirects: Vec<String> = files
             .iter()
             .zip(10..)
             .map(|(fd, to)| format!("{to}<&{}", fd.as_raw_fd()))
             .collect();
-        for fd in &files {
-            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
-        }
         let folder = std::env::temp_dir();
         let exe = std::env::current_exe().unwrap();
         let script = format!(
@@ -312,7 +316,8 @@ async fn g35_what_is_under_way_during_a_change_opens_nothing() {
     let by_another = policy(false, &["other.example"], &[]);
     for change in 0..changes {
         slot.set_policy(&by_name).await.unwrap();
-        resolve(guest, "mirror.example", A).unwrap();
+        let resolved = resolve(guest, "mirror.example", A);
+        assert!(resolved.is_ok(), "change {change}: {resolved:?}");
         let before = echo.heard();
         let start = Instant::now();
         while echo.heard() < before + 20 {
