@@ -39,7 +39,7 @@ build: ## Build `wrenn` and the programs inside it
 	$(CARGO) build $(FLAGS) --workspace --bin wrenn
 
 test: packages-test build python node fmt-check lint ## Install what tests need and run all of them, real VMs included
-	$(CARGO) test $(FLAGS) --workspace
+	$(CARGO) test $(FLAGS) --workspace --no-fail-fast
 
 test-long: export WRENN_TEST_LONG := 1
 test-long: test ## The same with the long forms: 1,000 cycles instead of 50, and so on
