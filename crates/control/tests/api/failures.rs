@@ -1,12 +1,8 @@
 //! What clients are told of a host that cannot, and of machines that are gone.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
+use crate::support::{Bed, Fault, bed};
 use futures::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use support::{Bed, Fault, bed};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 

@@ -1,11 +1,7 @@
 //! What a sandbox may reach, by both APIs, on a host without machines.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
+use crate::support::bed;
 use serde_json::{Value, json};
-use support::bed;
 
 #[tokio::test]
 async fn rules_are_given_at_the_start_replaced_and_read() {

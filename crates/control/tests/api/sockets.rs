@@ -1,12 +1,8 @@
 //! WebSockets of the native API.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
+use crate::support::{Bed, bed};
 use futures::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use support::{Bed, bed};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
 

@@ -1,13 +1,9 @@
 //! Programs and files by the native API, on a host without machines.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
 use std::time::Duration;
 
+use crate::support::bed;
 use serde_json::{Value, json};
-use support::bed;
 
 #[tokio::test]
 async fn programs_run_to_their_end() {

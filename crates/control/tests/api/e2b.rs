@@ -1,11 +1,7 @@
 //! E2B's clients' routes: raw requests, and the published client where it is installed.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
+use crate::support::{bed, now_ms};
 use serde_json::{Value, json};
-use support::{bed, now_ms};
 
 #[tokio::test]
 async fn a_sandbox_lives_by_the_e2b_routes() {

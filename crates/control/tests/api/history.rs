@@ -1,15 +1,11 @@
 //! What happened to sandboxes, why they ended and how busy they are, over a real connection on
 //! a host without machines.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::support::{Bed, bed, now_ms};
 use serde_json::{Value, json};
-use support::{Bed, bed, now_ms};
 use wrenn_wire::wrenn::host::v1::{DeathCertificate, MetricPoint};
 
 async fn get(bed: &Bed, path: &str) -> Value {

@@ -1,8 +1,5 @@
 //! A host agent without machines, and a control plane on it.
 
-#![allow(dead_code, missing_docs)]
-#![allow(clippy::unwrap_used)]
-
 mod sim;
 
 use std::net::SocketAddr;
@@ -11,7 +8,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use connectrpc::Router;
 use serde_json::Value;
-#[allow(unused_imports, reason = "not every test needs all of it")]
 pub use sim::{Fault, Service, Sim, SimDialer};
 use tokio::net::TcpListener;
 use wrenn_control::{Control, ControlConfig, host};

@@ -1,15 +1,11 @@
 //! The native API over a real connection, on a host without machines.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::support::{bed, bed_in};
 use serde_json::{Value, json};
-use support::{bed, bed_in};
 
 #[tokio::test]
 async fn a_sandbox_is_created_seen_used_and_ended() {

@@ -1,14 +1,10 @@
 //! The control plane is killed in the middle of what it does, its host stays; and the host is
 //! away while the control plane stays.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{Bed, Doomed, Fault, bed, bed_in};
 use serde_json::{Value, json};
-use support::{Bed, Doomed, Fault, bed};
 
 async fn status(bed: &Bed, id: &str) -> String {
     // From the list, which does not ask the host about one: the row is what counts.
@@ -132,7 +128,7 @@ async fn g18_a_snapshot_of_a_sandbox_in_no_database_is_left_alone() {
         snapshot.created_at_unix_ms -= 24 * 3600 * 1000;
     }
     let sim = bed.sim.clone();
-    let empty = support::bed_in(tempfile::tempdir().unwrap(), sim).await;
+    let empty = bed_in(tempfile::tempdir().unwrap(), sim).await;
     empty.control.reconcile().await.unwrap();
     assert_eq!(empty.sim.snapshots.lock().unwrap().len(), 1);
 }

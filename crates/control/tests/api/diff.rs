@@ -1,11 +1,7 @@
 //! Comparing sandboxes, on a host without machines.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
+use crate::support::{Fault, bed};
 use serde_json::json;
-use support::{Fault, bed};
 use wrenn_types::SandboxId;
 
 #[tokio::test]

@@ -1,11 +1,7 @@
 //! What is saved and forked once, however often it is asked for.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
+use crate::support::{Bed, Doomed, Fault, bed};
 use serde_json::{Value, json};
-use support::{Bed, Doomed, Fault, bed};
 
 async fn keyed(bed: &Bed, path: &str, key: &str, body: &Value) -> (u16, Value) {
     let request = bed.request("POST", path).header("Idempotency-Key", key);

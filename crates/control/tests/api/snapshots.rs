@@ -1,15 +1,11 @@
 //! Pause, resume, forks, checkpoints and snapshots over a real connection, on a host without
 //! machines: what the control plane itself has to keep.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::support::{Bed, Fault, bed};
 use serde_json::{Value, json};
-use support::{Bed, Fault, bed};
 
 async fn post(bed: &Bed, path: &str, body: Value) -> (u16, Value) {
     bed.call("POST", path, Some(body)).await

@@ -1,13 +1,9 @@
 //! Draining and emptying a host, on a host without machines.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
 use std::sync::Arc;
 
+use crate::support::{Bed, Fault, bed};
 use serde_json::{Value, json};
-use support::{Bed, Fault, bed};
 
 async fn status(bed: &Bed, id: &str) -> Value {
     let (code, body) = bed.call("GET", &format!("/v1/sandboxes/{id}"), None).await;

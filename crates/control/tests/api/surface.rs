@@ -1,11 +1,7 @@
 //! The whole surface: who gets in, the committed document, the documentation pages.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod support;
-
+use crate::support::bed;
 use serde_json::Value;
-use support::bed;
 
 /// Routes that answer without a key, beside the documentation pages.
 const OPEN: [&str; 3] = ["/health", "/ready", "/metrics"];
@@ -91,7 +87,7 @@ async fn g39_no_route_answers_without_a_valid_key() {
     }
 }
 
-/// `UPDATE=1 cargo test -p wrenn-control --test surface` writes it anew.
+/// `UPDATE=1 cargo test --workspace --test api -- surface` writes it anew.
 #[test]
 fn the_committed_document_is_what_the_code_says() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/openapi.yaml");
