@@ -285,13 +285,76 @@ async fn g25_a_prepared_guest_starts_nothing_and_goes_on_when_told() {
     );
     assert_eq!(http(&envd, "POST", "/snapshot/rehearse", &[], "").0, 204);
     assert!(!waiting.is_finished(), "a rehearsal lets nothing go on");
-    assert_eq!(http(&envd, "POST", "/snapshot/undo", &[], "").0, 204);
+    for not_a_time in ["{", r#"{"timestamp":"yesterday"}"#] {
+        assert_eq!(
+            http(&envd, "POST", "/snapshot/undo", &[], not_a_time).0,
+            400
+        );
+    }
+    assert!(
+        !waiting.is_finished(),
+        "what is not understood does nothing"
+    );
+    let now = r#"{"timestamp":1795352700500000000}"#;
+    assert_eq!(http(&envd, "POST", "/snapshot/undo", &[], now).0, 204);
     assert_eq!(waiting.await.unwrap(), b"ran\n");
     assert_eq!(http(&envd, "POST", "/snapshot/undo", &[], "").0, 204);
     assert_eq!(http(&envd, "POST", "/snapshot/rehearse", &[], "").0, 204);
     let client = envd.client();
     let told = run(&client, sh("echo ran"), CallOptions::default()).await;
     assert_eq!(told.unwrap().stdout, b"ran\n", "nor does it stop anything");
+}
+
+/// The head of the answer to one more request on a connection that may carry others.
+fn ask_again(stream: &mut TcpStream) -> String {
+    stream
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    stream
+        .write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        .unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        head.push(byte[0]);
+    }
+    String::from_utf8(head).unwrap().to_lowercase()
+}
+
+/// What is open and idle at a freeze is open and idle in the clone, whose host knows nothing of it.
+#[test]
+fn g25_a_connection_of_a_prepared_guest_is_not_left_open() {
+    const CLOSES: &str = "connection: close";
+    let envd = Envd::start();
+    let connect = || TcpStream::connect(envd.address).unwrap();
+    let prepare = || assert_eq!(http(&envd, "POST", "/snapshot/prepare", &[], "").0, 204);
+    let ends = |stream: &mut TcpStream| assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+
+    prepare();
+    let mut brief = connect();
+    assert!(ask_again(&mut brief).contains(CLOSES), "its user is told");
+    ends(&mut brief);
+    let mut waiting = connect();
+    // Asked on another connection first, so that the agent has accepted the one before.
+    ask_again(&mut connect());
+    assert_eq!(http(&envd, "POST", "/snapshot/undo", &[], "").0, 204);
+    assert!(ask_again(&mut waiting).contains(CLOSES));
+    ends(&mut waiting);
+    let mut lasting = connect();
+    for _ in 0..2 {
+        assert!(!ask_again(&mut lasting).contains(CLOSES));
+    }
+
+    // What was opened to a restored guest before its hook ran, as the hook's own connection was.
+    prepare();
+    ends(&mut lasting);
+    let mut early = connect();
+    ask_again(&mut connect());
+    assert_eq!(init(&envd, None, r#"{"restoreID":"r1"}"#).0, 204);
+    for _ in 0..2 {
+        assert!(!ask_again(&mut early).contains(CLOSES));
+    }
 }
 
 #[test]

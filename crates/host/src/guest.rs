@@ -24,6 +24,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tokio::net::TcpStream;
 use wrenn_net::GuestDialer;
 use wrenn_types::AccessToken;
@@ -48,6 +49,9 @@ const RETRY_PAUSE: Duration = Duration::from_millis(5);
 /// How long one attempt at the restore hook may take before it is tried again; a repeated
 /// attempt changes nothing, since the hook runs once per restore id.
 const INIT_ATTEMPT: Duration = Duration::from_secs(5);
+/// How long it may take; after more the time is told again, for a clock is to be right to the
+/// second.
+const LATE: Duration = Duration::from_millis(500);
 
 /// Why the guest agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -259,9 +263,15 @@ impl Guest {
         let started = Instant::now();
         let mut last = "not tried".to_owned();
         while started.elapsed() < patience {
+            let asked = Instant::now();
             let answer = tokio::time::timeout(INIT_ATTEMPT, self.init_once(identity, host_token));
             match answer.await {
-                Ok(Ok(restored)) => return Ok(restored),
+                Ok(Ok(restored)) => {
+                    if asked.elapsed() > LATE {
+                        self.tell_time(identity, host_token).await;
+                    }
+                    return Ok(restored);
+                }
                 // It is there and says no: trying again would not change its mind.
                 Ok(Err(refused @ GuestError::Refused { .. })) => return Err(refused),
                 Ok(Err(other)) => last = other.to_string(),
@@ -274,6 +284,19 @@ impl Guest {
             waited: started.elapsed(),
             last,
         })
+    }
+
+    /// Tells a guest the time again: what its restore hook was told may have been on its way for
+    /// as long as that took. The hook does not run again.
+    async fn tell_time(&self, identity: &Identity<'_>, host_token: &AccessToken) {
+        let told = tokio::time::timeout(INIT_ATTEMPT, self.init_once(identity, host_token)).await;
+        match told {
+            Ok(Ok(_)) => tracing::debug!("a guest was told the time again"),
+            Ok(Err(error)) => {
+                tracing::warn!(error = %chain(&error), "a guest's clock may be late");
+            }
+            Err(_) => tracing::warn!("a guest's clock may be late: it does not answer"),
+        }
     }
 
     async fn init_once(
@@ -325,11 +348,18 @@ impl Guest {
         self.last_call(WHAT, "/snapshot/rehearse").await
     }
 
-    /// Has a quiesced guest go on, when there was no freeze or its machine lives on. One that
-    /// is not quiesced does nothing.
+    /// Has a quiesced guest go on, when there was no freeze or its machine lives on; its clock,
+    /// which stood as long as the machine, too. One that is not quiesced does nothing.
     pub async fn undo_snapshot(&self) -> Result<(), GuestError> {
         const WHAT: &str = "to go on after a snapshot (/snapshot/undo)";
-        self.host_call(WHAT, "/snapshot/undo").await
+        let stamp = || Bytes::from(json!({"timestamp": unix_nanos()}).to_string());
+        let request = self.request(Method::POST, "/snapshot/undo");
+        let request = request.body(Stamped::new(stamp).boxed());
+        let request = request.map_err(|e| GuestError::Broken {
+            what: WHAT,
+            cause: e.to_string(),
+        })?;
+        in_time(WHAT, async { self.send(WHAT, request).await.map(drop) }).await
     }
 
     /// How busy the guest is.
@@ -346,18 +376,8 @@ impl Guest {
         serde_json::from_slice(&body.to_bytes()).map_err(|e| broken(e.to_string()))
     }
 
-    /// A call without content of one of the host's own routes.
-    async fn host_call(&self, what: &'static str, path: &str) -> Result<(), GuestError> {
-        let request = self.request(Method::POST, path).body(full(""));
-        let request = request.map_err(|e| GuestError::Broken {
-            what,
-            cause: e.to_string(),
-        })?;
-        let answer = async { self.send(what, request).await.map(drop) };
-        in_time(what, answer).await
-    }
-
-    /// The same over a connection of its own, whose end in the guest is closed afterwards.
+    /// A call without content of one of the host's own routes, over a connection of its own,
+    /// whose end in the guest is closed afterwards.
     async fn last_call(&self, what: &'static str, path: &str) -> Result<(), GuestError> {
         let request = self.request(Method::POST, path).body(full(""));
         let request = request.map_err(|e| GuestError::Broken {

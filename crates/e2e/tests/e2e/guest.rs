@@ -5,13 +5,22 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use futures::future::join_all;
 use reqwest::Method;
 use serde_json::json;
-use wrenn_e2e::{Server, eventually};
+use wrenn_e2e::{Api, Server, eventually};
 
 use crate::secured::Secured;
 
 fn now() -> f64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.expect("a time after 1970").as_secs_f64()
+}
+
+/// How many seconds the clock of a guest is off, at least: it was read at a moment in between.
+pub(crate) async fn clock_is_off_by(api: &Api, id: &str) -> f64 {
+    let before = now();
+    let said = api.shell(id, "date +%s.%N").await;
+    let said: f64 = said.trim().parse().expect("a time");
+    let after = now();
+    (before - said).max(said - after).max(0.0)
 }
 
 pub(crate) async fn g23_clones_share_no_randomness_and_no_name(server: &Server) {
@@ -46,20 +55,36 @@ pub(crate) async fn g24_the_clock_is_right_however_long_a_machine_waited(server:
     tokio::time::sleep(Duration::from_secs(11)).await;
     for _ in 0..2 {
         let id = api.create(&json!({})).await;
-        let before = now();
-        let said: f64 = api
-            .shell(&id, "date +%s.%N")
-            .await
-            .trim()
-            .parse()
-            .expect("a time");
-        let after = now();
-        assert!(
-            before - 1.0 < said && said < after + 1.0,
-            "{said} is not between {before} and {after}"
-        );
+        let off = clock_is_off_by(&api, &id).await;
+        assert!(off < 1.0, "the clock is off by {off} s");
         api.destroy(&id).await;
     }
+}
+
+/// A machine's clock stands as long as the machine, some hundredths of a second for each save.
+pub(crate) async fn g24_the_clock_of_a_machine_that_is_saved_again_and_again_is_right(
+    server: &Server,
+) {
+    let api = server.api();
+    let id = api.create(&json!({})).await;
+    // What the clock was set by since the guest was booted; the other one is set by nobody.
+    let line =
+        "python3 -c 'import time as t; print(t.time() - t.clock_gettime(t.CLOCK_MONOTONIC))'";
+    let set_by = || async {
+        let said = api.shell(&id, line).await;
+        said.trim().parse::<f64>().expect("a time")
+    };
+    let before = set_by().await;
+    for save in 0..16 {
+        let path = format!("/v1/sandboxes/{id}/checkpoints");
+        let body = json!({"name": format!("save-{save}")});
+        api.post(&path, &body).await.expect(201);
+    }
+    let since = set_by().await - before;
+    assert!(since > 0.02, "the clock was set {since} s forward");
+    let off = clock_is_off_by(&api, &id).await;
+    assert!(off < 1.0, "the clock is off by {off} s");
+    api.destroy(&id).await;
 }
 
 pub(crate) async fn programs_find_who_and_where_they_are(server: &Server) {

@@ -75,7 +75,8 @@ fn shared() -> Vec<(&'static str, Shared)> {
         hostile: g43_a_hostile_guest_changes_nothing_that_others_share;
         network_policy: g35_a_network_policy_holds_in_a_machine_and_through_a_pause;
         guest: g23_clones_share_no_randomness_and_no_name,
-            g24_the_clock_is_right_however_long_a_machine_waited, programs_find_who_and_where_they_are,
+            g24_the_clock_is_right_however_long_a_machine_waited,
+            g24_the_clock_of_a_machine_that_is_saved_again_and_again_is_right, programs_find_who_and_where_they_are,
             g33_the_hosts_routes_are_closed_from_inside,
             g25_a_freeze_stops_users_programs_and_a_thaw_lets_them_go_on,
             g34_a_crash_of_the_agent_ends_no_program, a_full_disk_is_an_error_and_no_frozen_machine,

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::time::{ClockId, DynamicClockId, Timespec};
 use sha2::{Digest, Sha256};
@@ -29,8 +29,25 @@ pub(super) struct Plan {
     /// `None` when it has these names already, as a sandbox that was paused: what its user has
     /// made of the files since is left alone.
     pub(super) names: Option<Names>,
-    /// The host's time, since 1970.
-    pub(super) now: Option<Duration>,
+    /// The host's time.
+    pub(super) now: Option<Told>,
+}
+
+/// A time that the host told.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Told {
+    /// What it was when it was sent, since 1970.
+    pub(super) time: Duration,
+    /// When that was received.
+    pub(super) at: Instant,
+}
+
+impl Told {
+    /// The best that is known of the host's time now: KVM's clock where there is one, else what
+    /// was told and how long ago. What it was on its way for is missing.
+    fn now(self) -> Duration {
+        host_clock().unwrap_or_else(|| self.time.saturating_add(self.at.elapsed()))
+    }
 }
 
 /// Who a machine is.
@@ -80,9 +97,10 @@ pub(super) fn become_itself(plan: &Plan, recorder: &mut Recorder) -> Result<(), 
     crate::sys::reseed(&plan.seed).map_err(GuestError::Reseed)?;
     recorder.certificate.entropy_reseeded = true;
     recorder.done(Step::Entropy);
-    if let Some(now) = plan.now {
+    if let Some(told) = plan.now {
+        let now = told.now();
         recorder.clock_was(clock(), now);
-        set_clock(host_clock().unwrap_or(now))?;
+        set_clock(now)?;
         recorder.certificate.clock_set = true;
         recorder.done(Step::Clock);
     }
@@ -91,6 +109,16 @@ pub(super) fn become_itself(plan: &Plan, recorder: &mut Recorder) -> Result<(), 
     }
     recorder.done(Step::Identity);
     Ok(())
+}
+
+/// A machine's clock stands while the machine does: brings it to the host's time. One that is
+/// ahead stays so, for what was told is old by what it was on its way for.
+pub(super) fn catch_up(told: Told) -> Result<(), GuestError> {
+    let now = told.now();
+    match clock() < now {
+        true => set_clock(now),
+        false => Ok(()),
+    }
 }
 
 fn take_names(names: &Names) -> Result<(), GuestError> {
@@ -111,8 +139,7 @@ pub(super) fn clock() -> Duration {
     now.unwrap_or_default()
 }
 
-/// The host's time as KVM tells it now; `None` where it does not, and what the request says is
-/// the best there is.
+/// The host's time as KVM tells it now; `None` where it does not.
 fn host_clock() -> Option<Duration> {
     let device = std::fs::File::open(PTP_CLOCK).ok()?;
     let id = DynamicClockId::Dynamic(device.as_fd());

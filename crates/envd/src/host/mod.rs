@@ -17,8 +17,10 @@ mod memory;
 mod metrics;
 mod mmds;
 mod snapshot;
+mod timestamp;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::State as Extract;
 use axum::response::{IntoResponse, Response};
@@ -194,8 +196,12 @@ async fn prepare(
     finish(tokio::spawn(async move { host.prepare(&query, rehearsal).await }).await)
 }
 
-async fn undo(Extract(host): Extract<Arc<Host>>) -> Response {
-    finish(tokio::spawn(async move { host.undo().await }).await)
+async fn undo(Extract(host): Extract<Arc<Host>>, body: axum::body::Bytes) -> Response {
+    let at = Instant::now();
+    match snapshot::told(&body, at) {
+        Ok(told) => finish(tokio::spawn(async move { host.undo(told).await }).await),
+        Err(error) => error_response(StatusCode::BAD_REQUEST, &error.to_string()),
+    }
 }
 
 fn finish(done: Result<Result<(), snapshot::SnapshotError>, tokio::task::JoinError>) -> Response {

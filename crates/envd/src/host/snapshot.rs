@@ -2,13 +2,15 @@
 //! the freeze did not come, and `POST /snapshot/rehearse` so that the first is quick.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use tokio::sync::OwnedRwLockWriteGuard;
 use tokio::time::timeout;
 
 use super::Host;
+use super::guest::{self, Told};
+use super::timestamp::{NoTimestamp, Timestamp};
 use crate::cgroups::CgroupError;
 
 /// How long programs that are just being started may take.
@@ -22,6 +24,32 @@ const SYNC_LIMIT: Duration = Duration::from_secs(20);
 pub(super) struct Query {
     /// Give the page cache back, so that it is not part of the snapshot.
     drop_caches: bool,
+}
+
+/// What [`Host::undo`] may be told.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Undo {
+    timestamp: Option<Timestamp>,
+}
+
+/// Why the host's time was not understood.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Untold {
+    #[error("the body is not what /snapshot/undo takes: {0}")]
+    Body(#[from] serde_json::Error),
+    #[error(transparent)]
+    Timestamp(#[from] NoTimestamp),
+}
+
+/// The time in the body of an undo that was received at `at`; it may have none.
+pub(super) fn told(body: &[u8], at: Instant) -> Result<Option<Told>, Untold> {
+    let body = match body.is_empty() {
+        true => Undo::default(),
+        false => serde_json::from_slice(body)?,
+    };
+    let time = body.timestamp.as_ref().map(Timestamp::nanos).transpose()?;
+    Ok(time.map(|time| Told { time, at }))
 }
 
 /// The guest stands; nothing is started while this lives.
@@ -84,10 +112,18 @@ impl Host {
         }
     }
 
-    /// The freeze did not come: everything goes on. Again is harmless.
-    pub(super) async fn undo(self: &Arc<Self>) -> Result<(), SnapshotError> {
+    /// The freeze did not come, or the machine lives on after it: everything goes on. Again is
+    /// harmless.
+    pub(super) async fn undo(self: &Arc<Self>, told: Option<Told>) -> Result<(), SnapshotError> {
         let mut life = self.life.lock().await;
         if life.freeze.is_some() {
+            if let Some(told) = told
+                && self.state.settings.in_vm
+                && let Err(error) = guest::catch_up(told)
+            {
+                // No reason to stand still, and the next time the host tells may be taken.
+                tracing::error!(%error, "the clock is late by as long as the machine stood");
+            }
             self.go_on().await?;
             life.freeze = None;
             self.remember(&life, false);
