@@ -49,8 +49,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(5);
 /// How long one attempt at the restore hook may take before it is tried again; a repeated
 /// attempt changes nothing, since the hook runs once per restore id.
 const INIT_ATTEMPT: Duration = Duration::from_secs(5);
-/// How long what it carries may be on its way; after more the time is told again, for a clock is
-/// to be right to the second.
+/// How long it may take; after more the time is told again, for a clock is to be right to the
+/// second.
 const LATE: Duration = Duration::from_millis(500);
 
 /// Why the guest agent did not do what it was asked.
@@ -267,12 +267,7 @@ impl Guest {
             let answer = tokio::time::timeout(INIT_ATTEMPT, self.init_once(identity, host_token));
             match answer.await {
                 Ok(Ok(restored)) => {
-                    // While the guest was at work its own clock told it how long.
-                    let worked = restored.steps.iter().map(|(_, micros)| *micros).sum();
-                    let on_the_way = asked
-                        .elapsed()
-                        .saturating_sub(Duration::from_micros(worked));
-                    if on_the_way > LATE {
+                    if asked.elapsed() > LATE {
                         self.tell_time(identity, host_token).await;
                     }
                     return Ok(restored);
