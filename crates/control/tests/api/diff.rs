@@ -1,8 +1,9 @@
 //! Comparing sandboxes, on a host without machines.
 
-use crate::support::{Fault, bed};
 use serde_json::json;
 use wrenn_types::SandboxId;
+
+use crate::support::{Fault, bed};
 
 #[tokio::test]
 async fn a_sandbox_is_compared_with_a_checkpoint_and_with_another() {

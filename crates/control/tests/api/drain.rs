@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::support::{Bed, Fault, bed};
 use serde_json::{Value, json};
+
+use crate::support::{Bed, Fault, bed};
 
 async fn status(bed: &Bed, id: &str) -> Value {
     let (code, body) = bed.call("GET", &format!("/v1/sandboxes/{id}"), None).await;

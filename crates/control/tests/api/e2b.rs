@@ -1,7 +1,8 @@
 //! E2B's clients' routes: raw requests, and the published client where it is installed.
 
-use crate::support::{bed, now_ms};
 use serde_json::{Value, json};
+
+use crate::support::{bed, now_ms};
 
 #[tokio::test]
 async fn a_sandbox_lives_by_the_e2b_routes() {

@@ -1,10 +1,11 @@
 //! What clients are told of a host that cannot, and of machines that are gone.
 
-use crate::support::{Bed, Fault, bed};
 use futures::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+
+use crate::support::{Bed, Fault, bed};
 
 /// An answer to E2B's clients: status, body, and whether they are told not to try again.
 async fn e2b(bed: &Bed, path: &str, body: Value) -> (u16, Value, bool) {

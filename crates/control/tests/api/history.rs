@@ -4,9 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::support::{Bed, bed, now_ms};
 use serde_json::{Value, json};
 use wrenn_wire::wrenn::host::v1::{DeathCertificate, MetricPoint};
+
+use crate::support::{Bed, bed, now_ms};
 
 async fn get(bed: &Bed, path: &str) -> Value {
     let (code, body) = bed.call("GET", path, None).await;

@@ -1,7 +1,8 @@
 //! What is saved and forked once, however often it is asked for.
 
-use crate::support::{Bed, Doomed, Fault, bed};
 use serde_json::{Value, json};
+
+use crate::support::{Bed, Doomed, Fault, bed};
 
 async fn keyed(bed: &Bed, path: &str, key: &str, body: &Value) -> (u16, Value) {
     let request = bed.request("POST", path).header("Idempotency-Key", key);

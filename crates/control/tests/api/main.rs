@@ -1,5 +1,5 @@
-//! The control plane over real connections, on a host without machines. One program, as each
-//! that is linked takes as long to be linked as all of these tests to be compiled.
+//! The control plane over real connections, on a host without machines. One program: with all
+//! that it serves each has a hundred megabytes, and takes long to be linked.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 

@@ -4,8 +4,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::support::{bed, bed_in};
 use serde_json::{Value, json};
+
+use crate::support::{bed, bed_in};
 
 #[tokio::test]
 async fn a_sandbox_is_created_seen_used_and_ended() {

@@ -1,7 +1,8 @@
 //! What a sandbox may reach, by both APIs, on a host without machines.
 
-use crate::support::bed;
 use serde_json::{Value, json};
+
+use crate::support::bed;
 
 #[tokio::test]
 async fn rules_are_given_at_the_start_replaced_and_read() {

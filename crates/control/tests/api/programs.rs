@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use crate::support::bed;
 use serde_json::{Value, json};
+
+use crate::support::bed;
 
 #[tokio::test]
 async fn programs_run_to_their_end() {

@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
-use crate::support::{Bed, Doomed, Fault, bed, bed_in};
 use serde_json::{Value, json};
+
+use crate::support::{Bed, Doomed, Fault, bed, bed_in};
 
 async fn status(bed: &Bed, id: &str) -> String {
     // From the list, which does not ask the host about one: the row is what counts.

@@ -4,8 +4,9 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::support::{Bed, Fault, bed};
 use serde_json::{Value, json};
+
+use crate::support::{Bed, Fault, bed};
 
 async fn post(bed: &Bed, path: &str, body: Value) -> (u16, Value) {
     bed.call("POST", path, Some(body)).await

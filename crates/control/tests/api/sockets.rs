@@ -1,10 +1,11 @@
 //! WebSockets of the native API.
 
-use crate::support::{Bed, bed};
 use futures::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
+
+use crate::support::{Bed, bed};
 
 struct Socket(
     tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>>,

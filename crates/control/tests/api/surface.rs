@@ -1,7 +1,8 @@
 //! The whole surface: who gets in, the committed document, the documentation pages.
 
-use crate::support::bed;
 use serde_json::Value;
+
+use crate::support::bed;
 
 /// Routes that answer without a key, beside the documentation pages.
 const OPEN: [&str; 3] = ["/health", "/ready", "/metrics"];

@@ -1,5 +1,6 @@
 //! `POST /snapshot/prepare`: the guest made ready for a freeze, `POST /snapshot/undo` for when
-//! the freeze did not come, and `POST /snapshot/rehearse` so that the first is quick.
+//! the freeze did not come or the machine lives on after it, and `POST /snapshot/rehearse` so
+//! that the first is quick.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
